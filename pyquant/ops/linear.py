@@ -1,0 +1,160 @@
+"""linear_w4a16: y = x @ w_hat.T + bias from 4-bit weights and 16-bit activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyquant import reference
+from pyquant.ops._checks import check, check_device, check_floats, check_tiled
+from pyquant.ops._registry import Backend, define, extension, kernels, needs_torch
+from pyquant.ops.quantize import _dequantize, dtype_code, pointer, stream
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+# Above this many tokens the CUDA backend expands the weight to 16 bits once and lets cuBLAS multiply: the fused kernel reads
+# the weight tile once per 16 tokens and stops paying there.
+FUSED_MAX_TOKENS = 64
+
+
+def _linear_fake(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    check_floats("linear_w4a16", "x", x)
+    check(x.dim() >= 1, "linear_w4a16: x must be [..., K], got a scalar")
+    check_tiled("linear_w4a16", qweight, scale, zero, n, x.shape[-1], group_size)
+    check(
+        x.dtype == scale.dtype,
+        f"linear_w4a16: x is {x.dtype} but the weight's scales are {scale.dtype}; convert one of them (module.to(dtype))",
+    )
+    check(bias is None or tuple(bias.shape) == (n,), f"linear_w4a16: bias must have shape ({n},)")
+    check(bias is None or bias.dtype == x.dtype, f"linear_w4a16: bias must be {x.dtype} like x")
+    check_device("linear_w4a16", x, qweight=qweight, bias=bias)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _linear_cuda(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    y = _linear_fake(x, qweight, scale, zero, bias, n, group_size)
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    m = rows.shape[0]
+    if m == 0:
+        return y
+    if m > FUSED_MAX_TOKENS:
+        w_hat = _dequantize.call(qweight, scale, zero, n, k, group_size, x.dtype)
+        return torch.nn.functional.linear(x, w_hat, bias)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    extension().linear_w4a16(
+        rows.data_ptr(), rows.stride(0), dtype_code(x.dtype), qweight.data_ptr(), scale.data_ptr(), pointer(zero),
+        pointer(bias), y.data_ptr(), m, n, k, group_size, stream(),
+    )  # fmt: skip
+    return y
+
+
+def _linear_triton(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    y = _linear_fake(x, qweight, scale, zero, bias, n, group_size)
+    if y.numel():
+        k = x.shape[-1]
+        kernels("linear").linear_w4a16(y.view(-1, n), x.reshape(-1, k), qweight, scale, zero, bias, group_size)
+    return y
+
+
+def _linear_torch(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    _linear_fake(x, qweight, scale, zero, bias, n, group_size)
+    return reference.linear_w4a16(x, qweight, scale, zero, bias, n, group_size)
+
+
+def _only_halves(x: Tensor, *args: object) -> str | None:
+    return None if x.dtype in _HALVES else f"{x.dtype} activations run in torch"
+
+
+# The gradient to x is an op of its own, so that torch.compile traces through the backward as well.
+
+
+def _backward_fake(
+    grad_y: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, k: int, group_size: int
+) -> Tensor:
+    check_tiled("linear_w4a16_backward", qweight, scale, zero, grad_y.shape[-1], k, group_size)
+    return grad_y.new_empty((*grad_y.shape[:-1], k))
+
+
+def _backward_expand(
+    grad_y: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, k: int, group_size: int
+) -> Tensor:
+    w_hat = _dequantize.call(qweight, scale, zero, grad_y.shape[-1], k, group_size, grad_y.dtype)
+    return grad_y @ w_hat
+
+
+_linear_backward = define(
+    "linear_w4a16_backward(Tensor grad_y, Tensor qweight, Tensor scale, Tensor? zero, int k, int group_size) -> Tensor",
+    fake=_backward_fake,
+    backends={
+        "cuda": Backend(_backward_expand, _only_halves),
+        "triton": Backend(_backward_expand, _only_halves),
+        "torch": Backend(reference.linear_w4a16_backward),
+    },
+)
+
+
+def _linear_setup(ctx, inputs, output) -> None:
+    x, qweight, scale, zero, bias, _, group_size = inputs
+    ctx.save_for_backward(qweight, scale, zero)
+    ctx.k, ctx.group_size, ctx.has_bias = x.shape[-1], group_size, bias is not None
+
+
+def _linear_grad(ctx, grad_y: Tensor):
+    qweight, scale, zero = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _linear_backward.overload(grad_y, qweight, scale, zero, ctx.k, ctx.group_size)
+    if ctx.has_bias and ctx.needs_input_grad[4]:
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(grad_y.dtype)
+    return grad_x, None, None, None, grad_bias, None, None
+
+
+_linear = define(
+    "linear_w4a16(Tensor x, Tensor qweight, Tensor scale, Tensor? zero, Tensor? bias, int n, int group_size) -> Tensor",
+    fake=_linear_fake,
+    backends={
+        "cuda": Backend(_linear_cuda, _only_halves),
+        "triton": Backend(_linear_triton, _only_halves),
+        "torch": Backend(_linear_torch),
+    },
+    backward=_linear_grad,
+    setup_context=_linear_setup,
+)
+
+
+def linear_w4a16(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int, group_size: int
+) -> Tensor:
+    """``y = x @ w_hat.T + bias`` straight from the 4-bit weight; accumulation in fp32.
+
+    Differentiable in x and bias. The weight is frozen: codes, scales and zeros get no gradient (to train them, see
+    :func:`pyquant.fake_quant` and :func:`pyquant.dequantize_int4`).
+
+    Args:
+        x: ``[..., K]`` bf16 or fp16 (fp32 runs in plain torch), any strides.
+        qweight: int32 ``[ceil(N/64), ceil(K/64), 128, 4]``, from :func:`pyquant.quantize_int4`.
+        scale: tiled scales in x's dtype, ``[ceil(N/64), padded groups, 64]``.
+        zero: tiled zeros, uint8, or None for symmetric.
+        bias: ``[n]`` in x's dtype, or None.
+        n: output features.
+        group_size: G in {32, 64, 128}, or -1 for per channel.
+
+    Returns:
+        y ``[..., n]`` in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, with the values.
+    """
+    if needs_torch(x, qweight, bias):
+        return _linear.overload(x, qweight, scale, zero, bias, n, group_size)
+    return _linear.call(x, qweight, scale, zero, bias, n, group_size)
