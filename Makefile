@@ -62,7 +62,7 @@ editable:
 
 ext: $(INSTALL)
 ifneq ($(NVCC),)
-	cmake -S . -B build/ext -G Ninja -DCMAKE_INSTALL_PREFIX='$(CURDIR)' -DPython_EXECUTABLE="$$(command -v $(PY))" \
+	cmake -S . -B build/ext -G Ninja -DCMAKE_INSTALL_PREFIX='$(CURDIR)' -DPython_EXECUTABLE="$$($(PY) -c 'import sys; print(sys.executable)')" \
 	    -DPYQUANT_CUDA_ARCHS='$(or $(PYQUANT_CUDA_ARCHS),$(TEST_ARCHS))'
 	cmake --build build/ext
 	cmake --install build/ext

@@ -131,17 +131,16 @@ def test_no_torch_header_in_csrc():
 # ---- kernels/ and the PyPI package of the same name ------------------------------------------------------------------
 
 
-def python_in_root(code: str, *path: Path) -> subprocess.CompletedProcess:
-    """Run code as `python -c` from the repository root, which is then first on sys.path."""
-    more = f"import sys; sys.path += {[str(p) for p in path]!r}\n"
-    return subprocess.run(
-        [sys.executable, "-c", more + code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
+def python_in_root(code: str, *options: str, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess:
+    """Run code by `python -c` from the repository root, which is then first on sys.path, before `path` and the rest."""
+    code = f"import sys; sys.path[1:1] = {[str(entry) for entry in path]!r}\n{code}"
+    command = [sys.executable, *options, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.fixture
 def theirs(tmp_path):
-    """A stand-in for the package on PyPI, in a folder that comes after the repository root."""
+    """A stand-in for the package on PyPI, in a folder that comes after the repository root on sys.path."""
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text("from .hub import get_kernel\n__version__ = '9.9'\n")
@@ -159,27 +158,23 @@ def test_kernels_stands_aside(theirs):
         "from kernels import get_kernel; import kernels, kernels.hub, pyquant.kernels\n"
         "assert get_kernel() == 'theirs' and kernels.__version__ == '9.9'\n"
         "assert pyquant.kernels.__name__ == 'pyquant.kernels' and not hasattr(pyquant.kernels, 'get_kernel')",
-        theirs,
+        path=(theirs,),
     )
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("kernels") is not None
-    and ROOT not in Path(importlib.util.find_spec("kernels").origin or ROOT).resolve().parents,
-    reason="the PyPI package is installed here",
-)
 def test_kernels_is_empty_where_there_is_no_other():
     # An ordinary ImportError for who wants a name, a version for who only asks (raising made transformers crash).
-    ran = python_in_root("import kernels; assert kernels.__version__ == '0'")
+    # -S leaves out site-packages, and with it the real package where it is installed.
+    ran = python_in_root("import kernels; assert kernels.__version__ == '0'", "-S")
     assert ran.returncode == 0, ran.stderr
     for wanted in ("from kernels import get_kernel", "import kernels.linear"):
-        ran = python_in_root(wanted)
+        ran = python_in_root(wanted, "-S")
         assert ran.returncode != 0
         assert "ImportError" in ran.stderr or "ModuleNotFoundError" in ran.stderr
 
 
 def test_an_error_of_theirs_is_not_hidden(tmp_path):
     (tmp_path / "kernels.py").write_text("raise RuntimeError('theirs is broken')\n")
-    ran = python_in_root("import kernels", tmp_path)
+    ran = python_in_root("import kernels", path=(tmp_path,))
     assert "theirs is broken" in ran.stderr
