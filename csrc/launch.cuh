@@ -11,21 +11,25 @@
 namespace pyquant {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+    if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+    if (!condition) throw std::invalid_argument(message);
 }
 
 template <typename F>
 void with_float_type(int dtype, F&& f) {
-  switch (dtype) {
-    case 0: return f(__nv_bfloat16{});
-    case 1: return f(__half{});
-    case 2: return f(float{});
-    default: throw std::invalid_argument("unknown dtype number " + std::to_string(dtype));
-  }
+    switch (dtype) {
+        case 0:
+            return f(__nv_bfloat16{});
+        case 1:
+            return f(__half{});
+        case 2:
+            return f(float{});
+        default:
+            throw std::invalid_argument("unknown dtype number " + std::to_string(dtype));
+    }
 }
 
 }  // namespace pyquant

@@ -9,16 +9,17 @@
 namespace pyquant {
 
 // w [n, k] -> qweight in tiled order; scale and zero fp32 row-major [n, ceil(k / group)].
-void quantize_int4(const void* w, int w_dtype, int64_t w_stride, const float* scale, const float* zero, int32_t* qweight,
-                   int64_t n, int64_t k, int64_t group_size, int bits, cudaStream_t stream);
+void quantize_int4(const void* w, int w_dtype, int64_t w_stride, const float* scale, const float* zero,
+                   int32_t* qweight, int64_t n, int64_t k, int64_t group_size, int bits, cudaStream_t stream);
 
 // qweight -> out [n, k] contiguous; scale and zero in tiled order.
-void dequantize_int4(const int32_t* qweight, const void* scale, int scale_dtype, const uint8_t* zero, void* out, int out_dtype,
-                     int64_t n, int64_t k, int64_t group_size, cudaStream_t stream);
+void dequantize_int4(const int32_t* qweight, const void* scale, int scale_dtype, const uint8_t* zero, void* out,
+                     int out_dtype, int64_t n, int64_t k, int64_t group_size, cudaStream_t stream);
 
 // y [m, n] contiguous = x [m, k] w_hat^T + bias; x, scale, bias and y of one 16-bit dtype.
-void linear_w4a16(const void* x, int64_t x_stride, int dtype, const int32_t* qweight, const void* scale, const uint8_t* zero,
-                  const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t group_size, cudaStream_t stream);
+void linear_w4a16(const void* x, int64_t x_stride, int dtype, const int32_t* qweight, const void* scale,
+                  const uint8_t* zero, const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t group_size,
+                  cudaStream_t stream);
 
 // out [n, k] contiguous = fake-quantized w; scale and zero fp32 row-major.
 void fake_quant(const void* w, int dtype, int64_t w_stride, const float* scale, const float* zero, void* out, int64_t n,
@@ -26,7 +27,7 @@ void fake_quant(const void* w, int dtype, int64_t w_stride, const float* scale, 
 
 // Gradients of fake_quant: dw [n, k] contiguous in w's dtype, dscale and dzero fp32 row-major.
 void fake_quant_backward(const void* grad, int64_t grad_stride, const void* w, int dtype, int64_t w_stride,
-                         const float* scale, const float* zero, void* dw, float* dscale, float* dzero, int64_t n, int64_t k,
-                         int64_t group_size, int bits, float grad_scale, cudaStream_t stream);
+                         const float* scale, const float* zero, void* dw, float* dscale, float* dzero, int64_t n,
+                         int64_t k, int64_t group_size, int bits, float grad_scale, cudaStream_t stream);
 
 }  // namespace pyquant
