@@ -2,9 +2,53 @@
 // included, so that one build serves every torch version. Shapes, dtypes and devices are checked by pyquant/ops.
 #include <pybind11/pybind11.h>
 
+#include "ops.h"
 #include "probe.h"
 
 namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+void quantize_int4(uintptr_t w, int w_dtype, int64_t w_stride, uintptr_t scale, uintptr_t zero, uintptr_t qweight,
+                   int64_t n, int64_t k, int64_t group_size, int bits, uintptr_t stream) {
+    pyquant::quantize_int4(at<void>(w), w_dtype, w_stride, at<float>(scale), at<float>(zero), at<int32_t>(qweight), n,
+                           k, group_size, bits, as_stream(stream));
+}
+
+void dequantize_int4(uintptr_t qweight, uintptr_t scale, int scale_dtype, uintptr_t zero, uintptr_t out, int out_dtype,
+                     int64_t n, int64_t k, int64_t group_size, uintptr_t stream) {
+    pyquant::dequantize_int4(at<int32_t>(qweight), at<void>(scale), scale_dtype, at<uint8_t>(zero), at<void>(out),
+                             out_dtype, n, k, group_size, as_stream(stream));
+}
+
+void linear_w4a16(uintptr_t x, int64_t x_stride, int dtype, uintptr_t qweight, uintptr_t scale, uintptr_t zero,
+                  uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t group_size, uintptr_t stream) {
+    pyquant::linear_w4a16(at<void>(x), x_stride, dtype, at<int32_t>(qweight), at<void>(scale), at<uint8_t>(zero),
+                          at<void>(bias), at<void>(y), m, n, k, group_size, as_stream(stream));
+}
+
+void fake_quant(uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale, uintptr_t zero, uintptr_t out, int64_t n,
+                int64_t k, int64_t group_size, int bits, uintptr_t stream) {
+    pyquant::fake_quant(at<void>(w), dtype, w_stride, at<float>(scale), at<float>(zero), at<void>(out), n, k,
+                        group_size, bits, as_stream(stream));
+}
+
+void fake_quant_backward(uintptr_t grad, int64_t grad_stride, uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale,
+                         uintptr_t zero, uintptr_t dw, uintptr_t dscale, uintptr_t dzero, int64_t n, int64_t k,
+                         int64_t group_size, int bits, float grad_scale, uintptr_t stream) {
+    pyquant::fake_quant_backward(at<void>(grad), grad_stride, at<void>(w), dtype, w_stride, at<float>(scale),
+                                 at<float>(zero), at<void>(dw), at<float>(dscale), at<float>(dzero), n, k, group_size,
+                                 bits, grad_scale, as_stream(stream));
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "CUDA kernels of pyquant. Call them through pyquant.ops, which checks what is passed.";
@@ -30,4 +74,11 @@ PYBIND11_MODULE(_C, m) {
             return found;
         },
         py::arg("device"), "The machine code of this module that runs on a device; RuntimeError where none does.");
+
+    // Arguments: csrc/ops.h.
+    m.def("quantize_int4", &quantize_int4);
+    m.def("dequantize_int4", &dequantize_int4);
+    m.def("linear_w4a16", &linear_w4a16);
+    m.def("fake_quant", &fake_quant);
+    m.def("fake_quant_backward", &fake_quant_backward);
 }
