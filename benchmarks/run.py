@@ -1,0 +1,130 @@
+"""``python -m benchmarks.run --family linear [--out FILE]``: time an op family against its peers, behind a correctness gate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from benchmarks import peers
+from benchmarks.timing import copies_for, graph_us, meta
+from pyquant import reference
+from pyquant.ops import fake_quant
+
+SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # (K, N)
+TOKENS = [1, 4, 16, 32, 64, 128, 256, 1024, 4096]
+GROUP = 128
+# Error of a correct result: rounding y to bf16 costs 2^-9 of each element in the worst case, half of that RMS.
+GATE = 2.0**-8
+
+
+def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tuple[int, int]]) -> list[dict]:
+    """linear_w4a16 (bf16, group 128, symmetric) at every (K, N) and M, with its peers."""
+    rows = []
+    for k, n in shapes:
+        copies = copies_for(n * k // 2, most=32)
+        weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5 for _ in range(copies)]
+        made = {}
+        for name, maker in peers.LINEAR.items():
+            made[name] = [maker(w, GROUP) for w in weights]
+        for m in tokens:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            ours = made["pyquant"][0]
+            exact = x.float() @ ours.dequantize(torch.float32).T
+            error = float((ours(x).float() - exact).norm() / exact.norm())
+            if not error < GATE:
+                raise SystemExit(f"linear_w4a16 is wrong at M={m} N={n} K={k}: relative error {error:.2e}; nothing is timed")
+            roof = max(
+                (n * k * (0.5 + 2 / GROUP) + 2 * m * (n + k)) / ceilings["read_tbps"] / 1e6,
+                2 * m * n * k / ceilings["bf16_tflops"] / 1e6,
+            )
+            times = {}
+            for name, layers in made.items():
+                if name == "tinygemm" and m > 256:
+                    continue  # grows with M: milliseconds that say nothing new
+                times[name] = graph_us([lambda f=f, x=x: f(x) for f in layers])
+            for name, us in times.items():
+                rows.append(
+                    {
+                        "op": "linear_w4a16", "impl": name, "dtype": "bfloat16", "M": m, "N": n, "K": k, "group": GROUP,
+                        "us": round(us, 2), "roof_us": round(roof, 2), "baseline": "cublas-bf16",
+                        "baseline_us": round(times["cublas-bf16"], 2),
+                        "rel_err": error if name == "pyquant" else None,
+                    }
+                )  # fmt: skip
+            print(f"K={k} N={n} M={m}: roof {roof:.1f} " + " ".join(f"{a} {b:.1f}" for a, b in times.items()), flush=True)
+    return rows
+
+
+def fake_quant_rows(ceilings: dict[str, float]) -> list[dict]:
+    """fake_quant (LSQ, bf16, group 128) forward, and forward + backward, against torch eager."""
+    rows = []
+    for n, k in [(4096, 14336), (8192, 28672)]:
+        copies = copies_for(2 * n * k, most=4)
+        ws = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(copies)]
+        scales = [(torch.rand(n, k // GROUP, device="cuda") / 4 + 0.2).requires_grad_() for _ in range(copies)]
+        grad = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        want = reference.fake_quant(ws[0].detach(), scales[0].detach(), None, GROUP, 4)
+        if not torch.equal(fake_quant(ws[0], scales[0], None, GROUP, 4), want):
+            raise SystemExit(f"fake_quant is wrong at N={n} K={k}; nothing is timed")
+
+        def forward(f, i, ws=ws, scales=scales):
+            with torch.no_grad():
+                return f(ws[i], scales[i], None, GROUP, 4)
+
+        def both(f, i, ws=ws, scales=scales, grad=grad):
+            return torch.autograd.grad(f(ws[i], scales[i], None, GROUP, 4), (ws[i], scales[i]), grad)
+
+        for what, call, bytes_each in (("forward", forward, 4), ("forward+backward", both, 10)):
+            roof = n * k * bytes_each / ceilings["read_tbps"] / 1e6
+            base = graph_us([lambda i=i, call=call: call(_eager_fake_quant, i) for i in range(copies)])
+            us = graph_us([lambda i=i, call=call: call(fake_quant, i) for i in range(copies)])
+            for name, value in (("pyquant", us), ("torch-eager", base)):
+                rows.append(
+                    {
+                        "op": f"fake_quant {what}", "impl": name, "dtype": "bfloat16", "N": n, "K": k, "group": GROUP,
+                        "us": round(value, 1), "roof_us": round(roof, 1), "baseline": "torch-eager",
+                        "baseline_us": round(base, 1), "rel_err": 0.0 if name == "pyquant" else None,
+                    }
+                )  # fmt: skip
+            print(f"fake_quant {what} N={n} K={k}: roof {roof:.0f} pyquant {us:.0f} eager {base:.0f}", flush=True)
+    return rows
+
+
+def _eager_fake_quant(w, scale, zero, group, bits):
+    s = scale.repeat_interleave(group, 1)
+    v = w.float() / s
+    q = v + (v.clamp(-8, 7).round() - v).detach()
+    return (torch.where((v >= -8) & (v <= 7), q, v.clamp(-8, 7).round()) * s).to(w.dtype)
+
+
+FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument("--out", type=Path, help="results file; printed only when absent")
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--shapes", nargs="*", default=[f"{k}x{n}" for k, n in SHAPES], help="KxN")
+    parser.add_argument("--commit", help="the commit that is measured, where the folder is no git checkout")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks need a CUDA device")
+    torch.manual_seed(0)
+    about = meta()
+    about["commit"] = args.commit or os.environ.get("PYQUANT_COMMIT") or about["commit"]
+    print(json.dumps(about))
+    shapes = [tuple(int(v) for v in s.split("x")) for s in args.shapes]
+    extra = (args.tokens, shapes) if args.family == "linear" else ()
+    rows = FAMILIES[args.family](about["ceilings"], *extra)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

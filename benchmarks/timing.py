@@ -1,0 +1,89 @@
+"""How times are taken: replays of a CUDA graph over weights that come from memory, on random data; the median counts."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+
+import torch
+
+COLD_BYTES = 256 << 20  # weights are rotated through at least this much, several times any L2
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
+    """Microseconds a call: all calls are captured into one graph, in order, and the graph is replayed.
+
+    Args:
+        calls: the same work on different (cold) data; their number is how often the data repeats.
+        replays: timed replays; the median is returned.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    for _ in range(2):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * begin.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def copies_for(bytes_each: int, most: int = 64) -> int:
+    """How many copies of a weight make a cold rotation."""
+    return max(2, min(most, -(-COLD_BYTES // max(1, bytes_each))))
+
+
+def ceilings() -> dict[str, float]:
+    """What this card reaches today: read bandwidth (TB/s) of a large sum and bf16 matrix rate (TFLOP/s) on random data."""
+    big = torch.randn(1 << 30, device="cuda")
+    read = graph_us([lambda: big.sum()] * 4)
+    bytes_read = big.numel() * 4
+    del big
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    product = graph_us([lambda: a @ b] * 8)
+    return {"read_tbps": round(bytes_read / read / 1e6, 3), "bf16_tflops": round(2 * 8192**3 / product / 1e6, 1)}
+
+
+def meta() -> dict[str, object]:
+    """The machine and the commit that a results file speaks of."""
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+        "ceilings": ceilings(),
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
