@@ -45,8 +45,10 @@ __global__ void forward_kernel(const T* __restrict__ w, int64_t w_stride, const 
                                int64_t group_size, int64_t groups, Range range) {
     const int64_t col = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * VEC;
     if (col >= k) return;
+    const int group =
+        static_cast<int>(col) / static_cast<int>(group_size);  // 64-bit division takes longer than the rest
     for (int64_t row = blockIdx.y; row < n; row += gridDim.y) {
-        const Group p = load_group(scale, zero, row * groups + col / group_size, range);
+        const Group p = load_group(scale, zero, row * groups + group, range);
         const auto in = *reinterpret_cast<const Vector<T, VEC>*>(w + row * w_stride + col);
         Vector<T, VEC> result;
 #pragma unroll
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(256)
     const int lane = threadIdx.x % THREADS;
     float sum_scale = 0.0f, sum_zero = 0.0f;
     if (at < n * groups) {
-        const int64_t row = at / groups, first = at % groups * group_size;
+        const int64_t row = groups == 1 ? at : at / groups, first = (at - row * groups) * group_size;
         const int64_t last = first + group_size < k ? first + group_size : k;
         const Group p = load_group(scale, zero, at, range);
         for (int64_t col = first + lane * VEC; col < last; col += THREADS * VEC) {
@@ -144,6 +146,7 @@ void launch_forward(const T* w, int64_t w_stride, const float* scale, const floa
 void fake_quant(const void* w, int dtype, int64_t w_stride, const float* scale, const float* zero, void* out, int64_t n,
                 int64_t k, int64_t group_size, int bits, cudaStream_t stream) {
     if (n == 0 || k == 0) return;
+    require(k < (1 << 30), "fake_quant: K=" + std::to_string(k) + " must be below 2^30");
     const int64_t group = group_size < 0 ? k : group_size, groups = ceil_div(k, group);
     with_float_type(dtype, [&](auto type) {
         using T = decltype(type);
@@ -163,6 +166,7 @@ void fake_quant_backward(const void* grad, int64_t grad_stride, const void* w, i
                          const float* scale, const float* zero, void* dw, float* dscale, float* dzero, int64_t n,
                          int64_t k, int64_t group_size, int bits, float grad_scale, cudaStream_t stream) {
     if (n == 0 || k == 0) return;
+    require(k < (1 << 30), "fake_quant: K=" + std::to_string(k) + " must be below 2^30");
     const int64_t group = group_size < 0 ? k : group_size, groups = ceil_div(k, group);
     const Range range = codes_range(zero, bits);
     with_float_type(dtype, [&](auto type) {

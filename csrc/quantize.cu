@@ -30,7 +30,8 @@ __global__ void quantize_kernel(const T* __restrict__ w, int64_t w_stride, const
             const int64_t col = unit * kUnitK + 16 * step + 2 * c + 8 * (nibble / 2 % 2) + nibble / 4;
             float code = kSymmetricZero;
             if (row < n && col < k) {
-                const int64_t at = row * groups + (group_size < 0 ? 0 : col / group_size);
+                const int64_t at =
+                    row * groups + (group_size < 0 ? 0 : static_cast<int>(col) / static_cast<int>(group_size));
                 const float z = zero ? zero[at] : kSymmetricZero;
                 code = fminf(fmaxf(rintf(to_float(w[row * w_stride + col]) / scale[at]) + z, low), high);
             }
@@ -40,6 +41,27 @@ __global__ void quantize_kernel(const T* __restrict__ w, int64_t w_stride, const
     }
     reinterpret_cast<int4*>(qweight)[(strip * units + unit) * kUnitThreads + thread] =
         make_int4(words[0], words[1], words[2], words[3]);
+}
+
+// out[0..1] = (code - zero) * scale for the codes in bits 0..3 and 16..19. Conversions from int run at a quarter of the
+// rate, so the codes become floats by their bits: exact, as code + a power of two that is then taken away.
+template <typename S, typename T>
+__device__ __forceinline__ void scaled_pair(T* out, uint32_t pair, int zero, S scale) {
+    constexpr uint32_t kBits = 0x4b000000;  // 2^23: the lowest mantissa bit is 1
+    const float offset = 8388608.0f + zero, s = to_float(scale);
+    out[0] = from_float<T>((__uint_as_float((pair & 15) | kBits) - offset) * s);
+    out[1] = from_float<T>((__uint_as_float((pair >> 16 & 15) | kBits) - offset) * s);
+}
+
+// Scale and result in one 16-bit type: the exact product rounds once here too, and takes half the instructions.
+template <typename T>
+__device__ __forceinline__ void scaled_pair(T* out, uint32_t pair, int zero, T scale) {
+    if constexpr (sizeof(T) == 2) {
+        const uint32_t steps = subtract2(ptx::and_or(pair, 0x000f000f, Magic<T>::kBits), offset2<T>(zero), T{});
+        *reinterpret_cast<uint32_t*>(out) = multiply2(steps, scale);
+    } else {
+        scaled_pair<T, T>(out, pair, zero, scale);
+    }
 }
 
 template <typename S, typename T>
@@ -65,22 +87,19 @@ __global__ void dequantize_kernel(const int32_t* __restrict__ qweight, const S* 
         for (int i = 0; i < 4; ++i) quad[i] = from == i ? got : quad[i];
     }
     const int64_t col = unit * kUnitK + 16 * c;
-    const int64_t group = group_size < 0 ? 0 : col / group_size;
+    const int group = group_size < 0 ? 0 : static_cast<int>(col) / static_cast<int>(group_size);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int64_t row = strip * kStrip + 16 * (thread / 32) + g + 8 * h;
         if (row >= n) continue;
         const int64_t at = (strip * groups + group) * kStrip + 2 * (8 * (thread / 32) + g) + h;
-        const float s = to_float(scale[at]);
         const int z = zero ? zero[at] : kSymmetricZero;
 #pragma unroll
         for (int upper = 0; upper < 2; ++upper) {
             alignas(16) T values[8];
 #pragma unroll
             for (int p = 0; p < 4; ++p) {
-                const uint32_t pair = quad[p] >> (4 * (2 * upper + h));
-                values[2 * p] = from_float<T>(static_cast<float>(static_cast<int>(pair & 15) - z) * s);
-                values[2 * p + 1] = from_float<T>(static_cast<float>(static_cast<int>(pair >> 16 & 15) - z) * s);
+                scaled_pair(values + 2 * p, quad[p] >> (4 * (2 * upper + h)), z, scale[at]);
             }
             const int64_t first = col + 8 * upper;
             T* to = out + row * k + first;
@@ -102,6 +121,7 @@ __global__ void dequantize_kernel(const int32_t* __restrict__ qweight, const S* 
 dim3 unit_grid(int64_t n, int64_t k) {
     const int64_t strips = ceil_div(n, kStrip);
     require(strips <= 65535, "N=" + std::to_string(n) + " exceeds 4194240 rows");
+    require(k < (1 << 30), "K=" + std::to_string(k) + " must be below 2^30");
     return dim3(static_cast<unsigned>(ceil_div(k, kUnitK)), static_cast<unsigned>(strips));
 }
 
