@@ -173,8 +173,9 @@ __global__ void __launch_bounds__(kThreads, TILES == 1 ? 3 : 2)
                             float value = part[t][e];
                             if constexpr (S::kSumX) value -= (Magic<T>::kBase + z[e / 2]) * sum_x[t][e % 2];
                             total[t][e] += s[e / 2] * value;
-                            part[t][e] = sum_x[t][e] = 0.0f;
                         }
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) part[t][e] = sum_x[t][e] = 0.0f;
                     }
                 }
             }
