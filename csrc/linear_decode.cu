@@ -299,7 +299,7 @@ void launch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* z
     config.numAttrs = splits > 1 ? 1 : 0;
     const bool vectors = p.k % 8 == 0 && p.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, x, reinterpret_cast<const uint4*>(qweight), scale, zero, bias, y, p,
-                                  splits, vectors),
+                                  log_splits, vectors),
                "linear_w4a16");
 }
 
