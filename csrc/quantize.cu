@@ -72,46 +72,47 @@ __global__ void dequantize_kernel(const int32_t* __restrict__ qweight, const S* 
     const int thread = threadIdx.x, g = thread % 32 / 4, c = thread % 4;
     const uint4 mine = reinterpret_cast<const uint4*>(qweight)[(strip * units + unit) * kUnitThreads + thread];
     const uint32_t words[4] = {mine.x, mine.y, mine.z, mine.w};
-    // Transpose the 4x4 of (thread c, k16 step) among the four threads of a row pair: afterwards quad[p] is thread p's
-    // word of step c, and this thread owns the 16 columns of that step.
-    uint32_t quad[4];
+    // The four threads of a row pair hold 64 columns of two rows. They exchange words so that, of the eight 16-byte
+    // pieces of a row, thread c writes pieces c and 4 + c: 64 neighbouring bytes an instruction, whole sectors (half
+    // sectors cost double). Piece 4 * i + c lies in k16 step 2 * i + c / 2, upper half c % 2; quad[i][p] is thread p's
+    // word of that step.
+    uint32_t quad[2][4];
 #pragma unroll
-    for (int p = 0; p < 4; ++p) {
-        const int from = c ^ p;
-        uint32_t send = words[0];
+    for (int i = 0; i < 2; ++i) {
 #pragma unroll
-        for (int i = 1; i < 4; ++i)
-            send = from == i ? words[i] : send;  // what thread `from` needs: my word of its step
-        const uint32_t got = __shfl_xor_sync(0xffffffff, send, p);
+        for (int other = 0; other < 4; ++other) {
+            const int partner = c ^ other;
+            const uint32_t send =
+                partner < 2 ? words[2 * i] : words[2 * i + 1];  // my word of the step the partner writes
+            const uint32_t got = __shfl_xor_sync(0xffffffff, send, other);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) quad[i] = from == i ? got : quad[i];
+            for (int p = 0; p < 4; ++p) quad[i][p] = partner == p ? got : quad[i][p];
+        }
     }
-    const int64_t col = unit * kUnitK + 16 * c;
-    const int group = group_size < 0 ? 0 : static_cast<int>(col) / static_cast<int>(group_size);
+    const int shift = 8 * (c % 2);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const int64_t row = strip * kStrip + 16 * (thread / 32) + g + 8 * h;
-        if (row >= n) continue;
-        const int64_t at = (strip * groups + group) * kStrip + 2 * (8 * (thread / 32) + g) + h;
-        const int z = zero ? zero[at] : kSymmetricZero;
+    for (int i = 0; i < 2; ++i) {
+        const int64_t col = unit * kUnitK + 32 * i + 8 * c;
+        const int group = group_size < 0 ? 0 : static_cast<int>(col) / static_cast<int>(group_size);
 #pragma unroll
-        for (int upper = 0; upper < 2; ++upper) {
+        for (int h = 0; h < 2; ++h) {
+            const int64_t row = strip * kStrip + 16 * (thread / 32) + g + 8 * h;
+            if (row >= n) continue;
+            const int64_t at = (strip * groups + group) * kStrip + 2 * (8 * (thread / 32) + g) + h;
+            const int z = zero ? zero[at] : kSymmetricZero;
             alignas(16) T values[8];
 #pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                scaled_pair(values + 2 * p, quad[p] >> (4 * (2 * upper + h)), z, scale[at]);
-            }
-            const int64_t first = col + 8 * upper;
-            T* to = out + row * k + first;
-            if (k % 8 == 0 && first < k) {
+            for (int p = 0; p < 4; ++p) scaled_pair(values + 2 * p, quad[i][p] >> (shift + 4 * h), z, scale[at]);
+            T* to = out + row * k + col;
+            if (k % 8 == 0 && col < k) {
 #pragma unroll
-                for (int i = 0; i < static_cast<int>(sizeof(values) / 16); ++i) {
-                    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(values)[i];
+                for (int v = 0; v < static_cast<int>(sizeof(values) / 16); ++v) {
+                    reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<const uint4*>(values)[v];
                 }
             } else {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    if (first + i < k) to[i] = values[i];
+                for (int v = 0; v < 8; ++v) {
+                    if (col + v < k) to[v] = values[v];
                 }
             }
         }
