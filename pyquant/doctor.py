@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import pyquant
+from pyquant.ops._registry import describe
 
 PACKAGES = ("torch", "transformers", "triton", "compressed-tensors", "gptqmodel")
 
@@ -32,7 +33,7 @@ def report() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "gpu": gpu,
         "extension": _extension(gpu),
-        "ops": _ops(),
+        "ops": describe(),
     }
 
 
@@ -55,8 +56,6 @@ def format(facts: dict[str, Any]) -> str:
     lines += [f"  {key:<20} {value}" for key, value in extension["build"].items()]
 
     lines += ["", "ops"]
-    if not facts["ops"]:
-        lines.append("  none registered")
     width = max((len(row["op"]) for row in facts["ops"]), default=0)
     lines += [f"  {row['op']:<{width}}  {row['device']:<5} {row['backend']:<10} {row['why']}" for row in facts["ops"]]
     return "\n".join(lines)
@@ -116,13 +115,3 @@ def _extension(gpu: dict[str, Any]) -> dict[str, Any]:
         why = f"cuda:{device['index']} (compute capability {device['capability']}): {error}"
         return {"status": "unusable", "why": why, "build": build}
     return {"status": "ready", "why": "it holds code for every GPU here", "build": build}
-
-
-def _ops() -> list[dict[str, Any]]:
-    try:
-        registry = import_module("pyquant.ops._registry")
-    except ModuleNotFoundError as error:
-        if error.name not in {"pyquant.ops", "pyquant.ops._registry"}:
-            raise
-        return []
-    return list(registry.describe())
