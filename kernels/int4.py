@@ -58,13 +58,24 @@ def nibble_shifts():
 
 
 @triton.jit
-def words_to_tile(words, STRIPS: tl.constexpr, WORDS: tl.constexpr):
-    """Unpack words ``[STRIPS, 128 threads, WORDS]`` to int32 codes 0..15 ``[64 * STRIPS rows, 16 * WORDS columns]``."""
-    nibbles = (words[:, :, :, None] >> nibble_shifts()[None, None, None, :]) & 0xF
-    #                           strip   warp g  c  word   second upper h
-    parts = tl.reshape(nibbles, STRIPS, 4, 8, 4, WORDS, 2, 2, 2)
-    parts = tl.permute(parts, 0, 1, 7, 2, 4, 6, 3, 5)  # (strip, warp, h, g) = row, (word, upper, c, second) = column
-    return tl.reshape(parts, 64 * STRIPS, 16 * WORDS)
+def nibble(words, J: tl.constexpr):
+    """Nibble J of each word, int32 0..15."""
+    return (words >> (4 * J)) & 0xF
+
+
+@triton.jit
+def words_to_tile(words, UNITS: tl.constexpr, STRIPS: tl.constexpr, WORDS: tl.constexpr):
+    """Unpack words ``[UNITS, STRIPS, 128 threads, WORDS]`` to codes 0..15 ``[64 * STRIPS rows, 16 * WORDS * UNITS columns]``.
+
+    ``tl.join`` keeps a word's nibbles in the lane that loaded the word; broadcasting shifts along a new axis would deal
+    them out to eight lanes and move every code through shared memory.
+    """
+    low = tl.join(tl.join(nibble(words, 0), nibble(words, 4)), tl.join(nibble(words, 2), nibble(words, 6)))
+    high = tl.join(tl.join(nibble(words, 1), nibble(words, 5)), tl.join(nibble(words, 3), nibble(words, 7)))
+    #                                       unit   strip   warp g  c  word   second upper h
+    parts = tl.reshape(tl.join(low, high), UNITS, STRIPS, 4, 8, 4, WORDS, 2, 2, 2)
+    parts = tl.permute(parts, 1, 2, 8, 3, 0, 5, 7, 4, 6)  # (strip, warp, h, g) = row, (unit, word, upper, c, second) = column
+    return tl.reshape(parts, 64 * STRIPS, 16 * WORDS * UNITS)
 
 
 @triton.jit

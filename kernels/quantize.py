@@ -100,10 +100,10 @@ def _dequantize_kernel(
     program = tl.program_id(0)
     strip = program // units
     unit = program % units
-    thread = tl.arange(0, 128)[None, :, None]
-    word = tl.arange(0, 4)[None, None, :]
+    thread = tl.arange(0, 128)[None, None, :, None]
+    word = tl.arange(0, 4)[None, None, None, :]
     words = tl.load(qweight_ptr + program.to(tl.int64) * UNIT_WORDS + thread * 4 + word)
-    codes = tl.reshape(words_to_tile(words, 1, 4), STRIP, UNIT_GROUPS, UNIT_K // UNIT_GROUPS)
+    codes = tl.reshape(words_to_tile(words, 1, 1, 4), STRIP, UNIT_GROUPS, UNIT_K // UNIT_GROUPS)
 
     local_row = tl.arange(0, STRIP)
     group = unit * UNIT_K // group_size + tl.arange(0, UNIT_GROUPS)
