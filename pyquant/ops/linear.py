@@ -29,6 +29,7 @@ def _linear_fake(
     )
     check(bias is None or tuple(bias.shape) == (n,), f"linear_w4a16: bias must have shape ({n},)")
     check(bias is None or bias.dtype == x.dtype, f"linear_w4a16: bias must be {x.dtype} like x")
+    check(bias is None or bias.is_contiguous(), "linear_w4a16: bias must be contiguous")
     check_device("linear_w4a16", x, qweight=qweight, bias=bias)
     return x.new_empty((*x.shape[:-1], n))
 
