@@ -1,7 +1,7 @@
 """fake_quant: quantize and dequantize at once, forward and backward.
 
-What it computes, with v = w / scale, z = clamp(round(zero)), q = clamp(round(v) + z) and "inside" where v + z lies within
-the codes (without a zero, z = 0 and the codes are symmetric)::
+What it computes, with v = w / scale, z = clamp(round(zero)), q = clamp(round(v) + z) and "inside" where v + z lies
+within the codes (without a zero, z = 0 and the codes are symmetric)::
 
     forward    out = (q - z) * scale
     backward   dw     = grad                          inside, 0 outside
@@ -10,8 +10,8 @@ the codes (without a zero, z = 0 and the codes are symmetric)::
 
 Layouts: w and grad ``[N, K]`` any strides; scale and zero ``[N, ceil(K/G)]`` any strides; results contiguous.
 
-Tiles: the weight is a list of segments, one per (row, group), and a program takes SEGMENTS of them whole. A short group is
-one step; a long row (per channel) is walked BLOCK columns at a time::
+Tiles: the weight is a list of segments, one per (row, group), and a program takes SEGMENTS of them whole. A short group
+is one step; a long row (per channel) is walked BLOCK columns at a time::
 
     segment 0   | row 0, columns 0 .. G-1     |      SEGMENTS x BLOCK = 2048 elements a step
     segment 1   | row 0, columns G .. 2G-1    |      the sums of a segment stay in registers until its end:
@@ -65,7 +65,8 @@ def _forward_kernel(
     s = _load_group(scale_ptr, row, group, scale_stride_n, scale_stride_g, valid, 1.0)
     z = s
     if HAS_ZERO:
-        z = round_half_even(clamp(_load_group(zero_ptr, row, group, zero_stride_n, zero_stride_g, valid, 0.0), low, high))
+        z = _load_group(zero_ptr, row, group, zero_stride_n, zero_stride_g, valid, 0.0)
+        z = round_half_even(clamp(z, low, high))
     first = group * group_size
     last = tl.minimum(first + group_size, k)
     for step in range(STEPS):
@@ -90,7 +91,8 @@ def _backward_kernel(
     s = _load_group(scale_ptr, row, group, scale_stride_n, scale_stride_g, valid, 1.0)
     z = s
     if HAS_ZERO:
-        z = round_half_even(clamp(_load_group(zero_ptr, row, group, zero_stride_n, zero_stride_g, valid, 0.0), low, high))
+        z = _load_group(zero_ptr, row, group, zero_stride_n, zero_stride_g, valid, 0.0)
+        z = round_half_even(clamp(z, low, high))
     first = group * group_size
     last = tl.minimum(first + group_size, k)
     scale_sum = tl.zeros((SEGMENTS, BLOCK), tl.float32)

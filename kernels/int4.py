@@ -1,6 +1,6 @@
-"""The tiled order of a 4-bit weight for Triton. Mirrors :mod:`pyquant.formats.int4`, which is the norm and has the pictures.
+"""The tiled order of a 4-bit weight for Triton. Mirrors :mod:`pyquant.formats.int4`, the norm, which has the pictures.
 
-A unit is 64 rows x 64 columns in 512 int32 words; a strip of 64 rows is a line of units along K. Two ways to see a unit:
+A unit is 64 rows x 64 columns in 512 int32 words; a strip of 64 rows is a line of units along K. Two ways to see one:
 
 * element by element, for gathers and tests: :func:`unit_word`, :func:`unit_shift`, :func:`scale_position`;
 * whole, for kernels: both orders are permutations of the bits of the row and column numbers, so a reshape and a permute
@@ -9,8 +9,8 @@ A unit is 64 rows x 64 columns in 512 int32 words; a strip of 64 rows is a line 
       row    0..63  = (warp 4, h 2, g 8)                       thread = (warp, g, c)
       column 0..63  = (word 4, upper 2, c 4, second 2)         nibble = (second, upper, h)
 
-With the words loaded as ``[128 threads, words]`` the tile's element (row, column) is already in the register of the lane
-that feeds it to the tensor core as the A operand, so on NVIDIA GPUs the permutation costs no data movement.
+With the words loaded as ``[128 threads, words]`` the tile's element (row, column) is already in the register of the
+lane that feeds it to the tensor core as the A operand, so on NVIDIA GPUs the permutation need not move any data.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def nibble(words, J: tl.constexpr):
 
 @triton.jit
 def words_to_tile(words, UNITS: tl.constexpr, STRIPS: tl.constexpr, WORDS: tl.constexpr):
-    """Unpack words ``[UNITS, STRIPS, 128 threads, WORDS]`` to codes 0..15 ``[64 * STRIPS rows, 16 * WORDS * UNITS columns]``.
+    """Words ``[UNITS, STRIPS, 128 threads, WORDS]`` to codes 0..15 ``[64 * STRIPS rows, 16 * WORDS * UNITS columns]``.
 
     ``tl.join`` keeps a word's nibbles in the lane that loaded the word; broadcasting shifts along a new axis would deal
     them out to eight lanes and move every code through shared memory.
@@ -74,7 +74,8 @@ def words_to_tile(words, UNITS: tl.constexpr, STRIPS: tl.constexpr, WORDS: tl.co
     high = tl.join(tl.join(nibble(words, 1), nibble(words, 5)), tl.join(nibble(words, 3), nibble(words, 7)))
     #                                       unit   strip   warp g  c  word   second upper h
     parts = tl.reshape(tl.join(low, high), UNITS, STRIPS, 4, 8, 4, WORDS, 2, 2, 2)
-    parts = tl.permute(parts, 1, 2, 8, 3, 0, 5, 7, 4, 6)  # (strip, warp, h, g) = row, (unit, word, upper, c, second) = column
+    # row = (strip, warp, h, g), column = (unit, word, upper, c, second)
+    parts = tl.permute(parts, 1, 2, 8, 3, 0, 5, 7, 4, 6)
     return tl.reshape(parts, 64 * STRIPS, 16 * WORDS * UNITS)
 
 
@@ -90,7 +91,7 @@ def tile_to_words(codes):
 
 @triton.jit
 def code_to_float(codes):
-    """int32 codes 0..255 to fp32 by their bits: an or and a subtraction, where the conversion unit would be a bottleneck."""
+    """int32 codes 0..255 to fp32 by their bits: an or and a subtraction instead of the slow conversion unit."""
     return (codes | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # 0x4B000000 = 2^23, whose ulp is 1
 
 

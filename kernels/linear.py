@@ -4,11 +4,11 @@ What it computes::
 
     y[m, n] = sum over groups g of  scale[n, g] * ( sum over k in g of (code[n, k] - zero[n, g]) * x[m, k] )  + bias[n]
 
-The inner sum runs on tensor cores over small integers, exact in bf16 and fp16; the scale multiplies fp32 sums, so w_hat is
-never rounded to 16 bits.
+The inner sum runs on tensor cores over small integers, exact in bf16 and fp16; the scale multiplies fp32 sums, so w_hat
+is never rounded to 16 bits.
 
-Layouts: x ``[M, K]`` any strides, qweight ``[strips, units, 128, 4]``, scale and zero tiled ``[strips, padded groups, 64]``,
-y ``[M, N]`` contiguous, partial sums ``[splits, M, N]`` fp32.
+Layouts: x ``[M, K]`` any strides, qweight ``[strips, units, 128, 4]``, scale and zero tiled
+``[strips, padded groups, 64]``, y ``[M, N]`` contiguous, partial sums ``[splits, M, N]`` fp32.
 
 Tiles: the weight is the A operand, as in the tiled order: BLOCK_N = 64 * STRIPS features by BLOCK_M tokens, in steps of
 16 * WORDS * UNITS columns that lie in one group (32, 64 or 128)::
@@ -18,15 +18,15 @@ Tiles: the weight is the A operand, as in the tiled order: BLOCK_N = 64 * STRIPS
                           unpack: (word >> 4j) & 15                   v
                                                          acc[BLOCK_N, BLOCK_M] += scale * ((codes - zero) @ x^T)
 
-Bound by reading the weight, N * K / 2 bytes, up to M of about 64; few tokens leave too few tiles for the machine, so K is
-split between programs and a second kernel adds the parts in a fixed order (no atomics: the same bits every time).
+Bound by reading the weight, N * K / 2 bytes, up to M of about 64; few tokens leave too few tiles for the machine, so K
+is split between programs and a second kernel adds the parts in a fixed order (no atomics: the same bits every time).
 Bound by tensor cores and by unpacking each weight M / BLOCK_M times for large M.
 
 Chosen by reading the generated code, not by timing. On sm_90 the words go from cp.async through one 16-byte shared load
 to the lanes that unpack them, and the codes feed wgmma from registers. Tried and lost:
 
-* unpacking with a broadcast shift along a new axis: Triton deals the nibbles of a word out to eight lanes, and 64 two-byte
-  stores a thread and step carry the codes to the right ones (and zeros are loaded 64 times);
+* unpacking with a broadcast shift along a new axis: Triton deals the nibbles of a word out to eight lanes, and 64
+  two-byte stores a thread and step carry the codes to the right ones (and zeros are loaded 64 times);
 * one axis for the words of two units: half of a warp's lanes get the wrong unit, with the same detour for words;
 * the general expression for a word's address: Triton no longer sees 16-byte alignment and copies 4 bytes at a time.
 """
@@ -60,6 +60,7 @@ MANY_TOKENS = (64, 2, 8, 3, 0)
 MANY_TOKENS_HOPPER = (128, 2, 8, 3, 0)  # wgmma reads x from shared memory; with mma.sync this tile spills registers
 _MAX_SPLITS = 8  # the parts cost splits * M * N * 8 bytes of traffic
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_SUM_BLOCK = 512  # features of a program that adds parts: 16 bytes a thread
 _MIN_STEPS = 4  # a program needs some steps for its pipeline
 
 
@@ -70,7 +71,7 @@ def _linear_kernel(
     HAS_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, STRIPS: tl.constexpr,
     UNITS: tl.constexpr, WORDS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y, or of its part number program_id(1) when K is split: steps STEPS * part .. STEPS * part + STEPS - 1."""
+    """One tile of y, or of part number program_id(1) of y when K is split: the steps from STEPS * part on."""
     BLOCK_N: tl.constexpr = STRIP * STRIPS
     STEP_K: tl.constexpr = 16 * WORDS * UNITS
     m_tiles = tl.cdiv(m, BLOCK_M)
@@ -121,24 +122,26 @@ def _linear_kernel(
 
 @triton.jit
 def _sum_parts_kernel(
-    y_ptr, parts_ptr, bias_ptr, size, n, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
+    y_ptr, parts_ptr, bias_ptr, m, n, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """y = sum of the parts (+ bias), over all M * N elements as one line."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
+    """y = sum of the parts (+ bias): BLOCK features of one token."""
+    feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(1)
+    mask = feature < n
     acc = tl.zeros((BLOCK,), tl.float32)
     for part in tl.static_range(SPLITS):
-        acc += tl.load(parts_ptr + part * size + at, mask=mask, other=0.0)
+        acc += tl.load(parts_ptr + (part * m + token).to(tl.int64) * n + feature, mask=mask, other=0.0)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + at % n, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(bias_ptr + feature, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token.to(tl.int64) * n + feature, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def plan(m: int, n: int, k: int, group_size: int, hopper: bool) -> tuple[int, int, dict[str, int]]:
     """(programs over tiles, splits of K, compile constants) for a product of these sizes."""
     many = MANY_TOKENS_HOPPER if hopper else MANY_TOKENS
     block_m, strips, warps, stages, wanted = next((tile for most, tile in TILES.items() if m <= most), many)
-    units, words = {32: (1, 2), 64: (1, 4)}.get(group_size, (2, 4))  # a step lies in one group; 128 columns otherwise
+    # a step lies in one group; two units a step halve the work on scales, but mma.sync has not the registers for them
+    units, words = {32: (1, 2), 64: (1, 4)}.get(group_size, (2 if hopper else 1, 4))
     steps = max(1, triton.cdiv(k, 16 * words * units))
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, STRIP.value * strips)
     splits = max(1, min(wanted // tiles, _MAX_SPLITS, steps // _MIN_STEPS))
@@ -178,7 +181,6 @@ def linear_w4a16(
         HAS_ZERO=zero is not None, HAS_BIAS=epilogue_bias is not None, **constants,
     )  # fmt: skip
     if splits > 1:
-        block = 1024
-        _sum_parts_kernel[(triton.cdiv(m * n, block),)](
-            y, out, bias, m * n, n, HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=block
+        _sum_parts_kernel[(triton.cdiv(n, _SUM_BLOCK), m)](
+            y, out, bias, m, n, HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=_SUM_BLOCK
         )

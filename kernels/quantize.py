@@ -136,8 +136,8 @@ def dequantize_int4(out: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | 
     if out.numel() == 0:
         return
     (n, k), (strips, units) = out.shape, qweight.shape[:2]
+    group_columns = UNIT_K.value * units if group_size == -1 else group_size
     _dequantize_kernel[(strips * units,)](
-        out, qweight, scale, zero, n, k, units, scale.shape[1], UNIT_K.value * units if group_size == -1 else group_size,
+        out, qweight, scale, zero, n, k, units, scale.shape[1], group_columns,
         HAS_ZERO=zero is not None, UNIT_GROUPS=2 if group_size == 32 else 1,
     )  # fmt: skip
-

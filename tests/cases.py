@@ -1,7 +1,7 @@
 """Inputs, references, tolerances and planted faults for each op.
 
-References are made from codes in fp64, never by another kernel. Every comparison looks at the RMS ratio and at the worst
-element, and each tolerance is derived where it is defined.
+References are made from codes in fp64, never by another kernel. Every comparison looks at the RMS ratio and at the
+worst element, and each tolerance is derived where it is defined.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class LinearCase:
         return f"{self.m}x{self.n}x{self.k}-g{self.group_size}-{kind}{'-bias' if self.bias else ''}-{self.layout}"
 
 
-# Tiles are 64 or 128 features, 16, 32, 64 or 128 tokens, steps of 32, 64 or 128 columns: edges and both their neighbours.
+# Tiles are 64 or 128 features, 16, 32, 64 or 128 tokens, steps of 32, 64 or 128 columns: edges and their neighbours.
 LINEAR_CASES = (
     LinearCase(1, 64, 64, 64),
     LinearCase(1, 1, 1, -1, symmetric=False, bias=True),
@@ -279,8 +279,10 @@ FAKE_QUANT_CASES = (
 )
 
 
-def make_fake_quant(case: FakeQuantCase, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """(w, scale fp32, zero fp32 or None, grad): weights that reach past the codes on both sides, zeros with fractions."""
+def make_fake_quant(
+    case: FakeQuantCase, dtype: torch.dtype, device: str
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """(w, scale fp32, zero fp32 or None, grad): weights beyond the codes at both ends, zeros with fractions."""
     groups = num_groups(case.k, case.group_size)
     levels = 1 << case.bits
     scale = make_scale(case.n, groups, torch.float32, device)
@@ -301,14 +303,12 @@ def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)
 
 
-def fake_quant_formula(
-    w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int
-) -> Tensor:
+def fake_quant_formula(w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int) -> Tensor:
     """fake_quant in fp64 whose autograd gradients are the straight-through ones.
 
-    Clamp first, then round with a gradient of one: equal to round, then clamp, as the ends of the range are integers. The
-    quotient w / scale is taken in fp32 when w and scale are 32 bits or narrower, as the op does, so that values next to a
-    rounding boundary fall on the same side.
+    Clamp first, then round with a gradient of one: equal to round, then clamp, as the ends of the range are integers.
+    The quotient w / scale is taken in fp32 when w and scale are 32 bits or narrower, as the op does, so that values
+    next to a rounding boundary fall on the same side.
     """
     k = w.shape[1]
     s = int4.expand_groups(scale.double(), k, group_size)
@@ -329,11 +329,11 @@ def _round(v: Tensor) -> Tensor:
 
 
 def want_group_sums(terms: Tensor, group_size: int, factor: float, dtype: torch.dtype) -> Want:
-    """``factor`` times the sum of fp64 terms ``[N, K]`` over each group, computed by a kernel in fp32, returned in dtype.
+    """``factor`` times the sum of fp64 terms ``[N, K]`` over each group, by a kernel that adds in fp32.
 
-    A right kernel errs by a few roundings of each term (the subtraction, the product, the factor: 4 u), by the additions
-    (in any order at most u a partial sum; with K random terms about sqrt(K) of them add up, and 4 deviations are allowed)
-    and by the last rounding.
+    A right kernel errs by a few roundings of each term (the subtraction, the product, the factor: 4 u), by the
+    additions (in any order at most u of a partial sum; of K random ones about sqrt(K) add up, and 4 deviations are
+    allowed) and by the last rounding.
     """
     sums = _sum_groups(terms, group_size) * factor
     magnitude = _sum_groups(terms.abs(), group_size) * abs(factor)
@@ -382,4 +382,12 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         calls["linear_w4a16_backward"].append((grad_y, qweight, scale, zero, 100, 32))
         calls["fake_quant"].append((leaf(w), leaf(s), leaf(z), 16, 4, 0.5))
         calls["fake_quant_backward"].append((grad, w, s, z, 16, 4, 0.5))
+        # strides: results are contiguous whatever the arguments are
+        across = torch.randn(40, 6, device=device).T
+        calls["quantize_int4"].append((across, s, None, 16, 4))
+        calls["fake_quant"].append((leaf(across), leaf(s), leaf(z), 16, 4, 1.0))
+        calls["fake_quant_backward"].append((across, across, s, z, 16, 4, 1.0))
+        wide = torch.randn(2, 100, 5, device=device).half().transpose(1, 2)
+        calls["linear_w4a16"].append((leaf(wide), qweight, scale, zero, None, 70, 32))
+        calls["linear_w4a16_backward"].append((wide[..., :70], qweight, scale, zero, 100, 32))
     return calls

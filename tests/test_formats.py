@@ -149,7 +149,7 @@ def tables_of_the_norm() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_triton_mirror_agrees():
-    """Element by element; the tile-wise helpers are compared through the kernels (test_triton_interpreter, gpu tests)."""
+    """Element by element; the helpers for whole tiles are compared in test_triton_interpreter and by the gpu tests."""
     pytest.importorskip("triton")
     from pyquant.kernels import int4 as mirror
 

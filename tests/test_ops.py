@@ -103,7 +103,9 @@ def test_quantize_divides_exactly(backend):
     scale = torch.exp2(torch.rand(256, 1, device=backend[1]) * 10 - 8)
     boundary = torch.arange(-7, 7, device=backend[1]) + 0.5
     w = (boundary.double() * scale.double()).float()
-    w = torch.cat([w, w.nextafter(torch.tensor(9e9, device=w.device)), w.nextafter(torch.tensor(-9e9, device=w.device))], 1)
+    w = torch.cat(
+        [w, w.nextafter(torch.tensor(9e9, device=w.device)), w.nextafter(torch.tensor(-9e9, device=w.device))], 1
+    )
     want = codes_by_definition(w, scale, None, -1, 4)
     assert torch.equal(ops.quantize_int4(w, scale), int4.tile_codes(want))
     by_reciprocal = ((w * (1 / scale)).round().clamp(-8, 7) + 8).to(torch.uint8)
@@ -121,11 +123,22 @@ def want_dequantized(weight, dtype) -> Want:
     return Want(value, u * value.abs() + torch.finfo(dtype).tiny * cases.unit_roundoff(dtype), u)
 
 
-@pytest.mark.parametrize("out_dtype", [None, torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("dtype", "out_dtype"),
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, None),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("n", "k", "group_size"), [pytest.param(*w, marks=[pytest.mark.small] if w[0] * w[1] <= SMALL else []) for w in WEIGHTS]
+    ("n", "k", "group_size"),
+    [pytest.param(*w, marks=[pytest.mark.small] if w[0] * w[1] <= SMALL else []) for w in WEIGHTS],
 )
 def test_dequantize(backend, n, k, group_size, symmetric, dtype, out_dtype):
     weight = make_weight(n, k, group_size, symmetric, dtype, backend[1])
@@ -133,7 +146,9 @@ def test_dequantize(backend, n, k, group_size, symmetric, dtype, out_dtype):
     assert got.dtype == (out_dtype or dtype)
     want = want_dequantized(weight, got.dtype)
     assert mismatch(got, want) is None
-    assert torch.equal(got, (weight.steps.float() * int4.expand_groups(weight.scale, k, group_size).float()).to(got.dtype))
+    assert torch.equal(
+        got, (weight.steps.float() * int4.expand_groups(weight.scale, k, group_size).float()).to(got.dtype)
+    )
 
 
 @pytest.mark.parametrize("fault", WEIGHT_FAULTS)
@@ -256,8 +271,7 @@ def test_linear_gradcheck_fp64(monkeypatch):
     def linear(x, bias):
         return ops.linear_w4a16(x, *tiled, bias, 5, 32)
 
-    # gradcheck compares with finite differences; a bias gradient is summed in fp32, hence 1e-6 instead of 1e-7
-    assert torch.autograd.gradcheck(linear, (x, bias), atol=1e-5)
+    assert torch.autograd.gradcheck(linear, (x, bias))
 
 
 # ------------------------------------------------------------------------------------------------ fake_quant
@@ -297,7 +311,7 @@ def test_fake_quant_gradients(backend, case, dtype):
     terms = torch.autograd.grad(value, [t for t in (wide_w, wide_s, wide_z) if t is not None], grad.double())
 
     assert torch.equal(got[0], terms[0].to(dtype)), "dw is grad or 0, exactly"
-    assert 0 < got[0].count_nonzero() or w.numel() < 100
+    assert got[0].count_nonzero() > 0 or w.numel() < 100
     # fp32 keeps round(v) - v to 2^-24 |v|, which the terms inherit: count |grad * v| towards the sum of magnitudes
     for name, found, term, leaf in zip(("scale", "zero"), got[1:], terms[1:], (scale, zero), strict=False):
         want = cases.want_group_sums(term, group_size, grad_scale, leaf.dtype)
