@@ -53,7 +53,7 @@ def _forward_torch(
     w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int, grad_scale: float = 1.0
 ) -> Tensor:
     _fake_quant_fake(w, scale, zero, group_size, bits)
-    return reference.fake_quant(w, scale, zero, group_size, bits)
+    return reference.fake_quant(w, scale, zero, group_size, bits).contiguous()  # a transposed w gives a transposed result
 
 
 def _backward_fake(
@@ -93,7 +93,8 @@ def _backward_torch(
     grad: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int, grad_scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _backward_fake(grad, w, scale, zero, group_size, bits, grad_scale)
-    return reference.fake_quant_backward(grad, w, scale, zero, group_size, bits, grad_scale)
+    results = reference.fake_quant_backward(grad, w, scale, zero, group_size, bits, grad_scale)
+    return tuple(t.contiguous() for t in results)
 
 
 _fake_quant_backward = define(

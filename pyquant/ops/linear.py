@@ -29,6 +29,7 @@ def _linear_fake(
     )
     check(bias is None or tuple(bias.shape) == (n,), f"linear_w4a16: bias must have shape ({n},)")
     check(bias is None or bias.dtype == x.dtype, f"linear_w4a16: bias must be {x.dtype} like x")
+    check(bias is None or bias.is_contiguous(), "linear_w4a16: bias must be contiguous")
     check_device("linear_w4a16", x, qweight=qweight, bias=bias)
     return x.new_empty((*x.shape[:-1], n))
 
@@ -115,7 +116,8 @@ def _linear_grad(ctx, grad_y: Tensor):
     if ctx.needs_input_grad[0]:
         grad_x = _linear_backward.overload(grad_y, qweight, scale, zero, ctx.k, ctx.group_size)
     if ctx.has_bias and ctx.needs_input_grad[4]:
-        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=torch.float32).to(grad_y.dtype)
+        wide = torch.promote_types(grad_y.dtype, torch.float32)
+        grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0, dtype=wide).to(grad_y.dtype)
     return grad_x, None, None, None, grad_bias, None, None
 
 

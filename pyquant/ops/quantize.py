@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyquant import reference
 from pyquant.formats import int4
-from pyquant.ops._checks import check, check_device, check_floats, check_groups, check_tiled
+from pyquant.ops._checks import check_device, check_floats, check_groups, check_tiled
 from pyquant.ops._registry import Backend, define, extension, kernels, needs_torch
 
 _DTYPE_CODE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -63,8 +63,9 @@ def _quantize_torch(w: Tensor, scale: Tensor, zero: Tensor | None, group_size: i
     return reference.quantize_int4(w, scale, zero, group_size, bits)
 
 
-def _no_fp64(first: Tensor, *args: object) -> str | None:
-    return "float64 runs in torch" if first.dtype == torch.float64 else None
+def _no_fp64(*args: object) -> str | None:
+    wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+    return "float64 runs in torch" if wide else None
 
 
 _quantize = define(
@@ -155,7 +156,7 @@ def _dequantize_backward(ctx, grad: Tensor):
     n, k, group_size = ctx.sizes
     if not ctx.needs_input_grad[1]:
         return (None,) * 7
-    ones = torch.ones_like(scale, dtype=torch.float32)
+    ones = torch.ones_like(scale, dtype=torch.promote_types(scale.dtype, torch.float32))
     steps = _dequantize.overload(qweight, ones, zero, n, k, group_size, None)
     groups = reference.sum_groups(grad.to(steps.dtype) * steps, group_size)
     return None, int4.tile_scale(groups, k, group_size).to(scale.dtype), None, None, None, None, None
