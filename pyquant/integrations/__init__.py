@@ -1,0 +1,1 @@
+"""Everything that touches transformers, safetensors or the disk: loading, training, evaluating, exporting."""
