@@ -34,7 +34,9 @@ def train_tokenizer(documents: list[str], vocab: int) -> PreTrainedTokenizerFast
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
@@ -121,14 +123,18 @@ def train(model: LlamaForCausalLM, tokens: Tensor, held_out: Tensor, args: argpa
             seconds = time.perf_counter() - began
             print(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  {seconds:.0f} s", flush=True)
         if (step + 1) % 1000 == 0 and not last:
-            print(f"step {step + 1}  held-out PPL {held_out_perplexity(model, held_out, args.length, 16):.3f}", flush=True)
+            print(
+                f"step {step + 1}  held-out PPL {held_out_perplexity(model, held_out, args.length, 16):.3f}", flush=True
+            )
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """bf16 safetensors, config, generation config and tokenizer into ``out``."""
     model.to(torch.bfloat16)
     model.config.dtype = torch.bfloat16
-    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, do_sample=True, temperature=0.8, top_p=0.95)
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=0, do_sample=True, temperature=0.8, top_p=0.95
+    )
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -166,7 +172,9 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     tokenizer = train_tokenizer(parts[0], args.vocab)
     tokens, held_out = (encode(tokenizer, part).to(args.device) for part in parts)
-    print(f"{len(tokens):,} training tokens, {len(held_out):,} held out, {time.perf_counter() - began:.0f} s", flush=True)
+    print(
+        f"{len(tokens):,} training tokens, {len(held_out):,} held out, {time.perf_counter() - began:.0f} s", flush=True
+    )
     if len(tokens) <= args.length:
         raise SystemExit(f"{args.text} has {len(tokens)} tokens, too few for windows of {args.length} + 1")
     model = build_model(len(tokenizer)).to(args.device)
