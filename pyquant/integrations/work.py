@@ -93,11 +93,8 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def checkpoint_digest(model: str) -> str:
-    """Names, sizes and times of a checkpoint's files: changes when the source changes. A hub name stands for itself."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return model
+def checkpoint_digest(folder: Path) -> str:
+    """Names, sizes and times of a checkpoint's files: changes when the source changes."""
     files = sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", ".json"))
     facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(repr((str(folder.resolve()), facts)).encode()).hexdigest()
