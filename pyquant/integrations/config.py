@@ -25,7 +25,7 @@ FREE_TO_CHANGE += ("eval_skip_chars",)
 
 
 class KDSettings(BaseModel):
-    """The training of ``--recipe kd-qat``: the fields of the trainer's ``KDConfig`` and of its loss, with the same defaults."""
+    """The training of ``--recipe kd-qat``: fields and defaults of the trainer's ``KDConfig`` and of its loss."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +68,8 @@ class QuantizeConfig(BaseModel):
         out: folder to write; must not exist unless ``overwrite``.
         format: ``compressed-tensors`` or ``gptq``.
         resume: continue the unfinished work beside ``out``.
-        device, dtype: where and in which arithmetic; ``auto``: the GPU in the checkpoint's dtype, or the CPU in float32.
+        device, dtype: where and in which arithmetic; ``auto`` means the GPU in the checkpoint's dtype,
+            or the CPU in float32.
         kd: the training of kd-qat.
     """
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import pyquant
 
+LONGEST_WINDOW = 2048  # tokens of an evaluation window when nothing is asked for and the model could take more
+
 
 def pick_device(name: str) -> str:
     """``auto`` to the GPU if torch sees one.
@@ -31,10 +33,22 @@ def stored_dtype(model: nn.Module) -> torch.dtype:
 
 
 def pick_dtype(name: str, stored: torch.dtype, device: str) -> torch.dtype:
-    """The arithmetic of evaluation: ``auto`` is the stored dtype on a GPU, float32 on a CPU (16 bits are slow there)."""
+    """The arithmetic of evaluation: ``auto`` is the stored dtype on a GPU, float32 on a CPU (faster there)."""
     if name != "auto":
         return getattr(torch, name)
     return torch.float32 if device == "cpu" else stored
+
+
+def window_length(model: nn.Module, asked: int | None) -> int:
+    """Tokens in an evaluation window.
+
+    Raises:
+        ValueError: longer than the model's context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
+    if asked is not None and asked > context:
+        raise ValueError(f"eval_length={asked} is longer than the model's context of {context} tokens")
+    return asked or min(context, LONGEST_WINDOW)
 
 
 def batch_for(rows: Tensor) -> int:

@@ -11,9 +11,6 @@ import copy
 import hashlib
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +23,18 @@ from pyquant.integrations.checkpoint import local_folder
 from pyquant.integrations.config import QuantizeConfig, load_config
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity, probe_logits
+from pyquant.integrations.events import Clock, Event, OnEvent
 from pyquant.integrations.export import check_format, export, verify
-from pyquant.integrations.machine import batch_for, peak_memory, pick_device, pick_dtype, source_bytes, stored_dtype
-from pyquant.integrations.machine import versions as machine_versions
+from pyquant.integrations.machine import (
+    batch_for,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    source_bytes,
+    stored_dtype,
+    versions,
+    window_length,
+)
 from pyquant.integrations.summary import to_report
 from pyquant.integrations.trainer import KDConfig, train_kd
 from pyquant.integrations.transformers import load_causal_lm
@@ -39,21 +45,6 @@ from pyquant.recipes.rtn import layer_errors, rtn
 from pyquant.report import write_report
 
 __all__ = ["EvaluationText", "Event", "QuantizeConfig", "Result", "load_config", "quantize"]
-
-LONGEST_WINDOW = 2048  # tokens of an evaluation window when nothing is asked for and the model could take more
-
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: ``done`` of ``total`` steps of a stage (total 0: unknown), or a ``note`` worth a line."""
-
-    stage: str
-    done: int = 0
-    total: int = 0
-    note: str = ""
-
-
-OnEvent = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
@@ -122,7 +113,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     """
     say = on_event or (lambda event: None)
     spec = QuantSpec(config.bits, config.group_size, config.symmetric)
-    clock = _Clock(say)
+    clock = Clock(say)
     work = Work(config)
     check_format(config.format, spec)
     if config.recipe == "kd-qat" and config.calibration is None:
@@ -147,7 +138,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
             tokens = _training_windows(tokenizer, training_text, model, config)
     _check_disk(config, model)
 
-    result = Result(config=config.model_dump(mode="json"), spec=str(spec), versions=machine_versions(device))
+    result = Result(config=config.model_dump(mode="json"), spec=str(spec), versions=versions(device))
     model.to(device, compute)
     work.open()
     try:
@@ -177,7 +168,7 @@ def _apply(
     tokens: Tensor | None,
     stored: torch.dtype,
     work: Work,
-    clock: _Clock,
+    clock: Clock,
     result: Result,
 ) -> tuple[nn.Module, SwapReport]:
     """The recipe: the quantized model (QLinear, values as they will be stored) and what became of its layers."""
@@ -225,7 +216,7 @@ def _finish(
     texts: list[EvaluationText],
     report: SwapReport,
     work: Work,
-    clock: _Clock,
+    clock: Clock,
     result: Result,
     command: str,
 ) -> None:
@@ -258,7 +249,7 @@ def _finish(
     work.publish(checkpoint)
 
 
-def _measure(work: Work, model: nn.Module, text: EvaluationText, who: str, digest: str, clock: _Clock) -> float:
+def _measure(work: Work, model: nn.Module, text: EvaluationText, who: str, digest: str, clock: Clock) -> float:
     """Perplexity of one text, from the finished evaluations where it is there."""
     p = next(model.parameters())
     key = f"{who} {digest} {tensor_digest(text.windows)} {p.dtype} {p.device.type}"
@@ -269,21 +260,6 @@ def _measure(work: Work, model: nn.Module, text: EvaluationText, who: str, diges
     return work.evaluations[key]
 
 
-class _Clock:
-    """Times the stages and announces them."""
-
-    def __init__(self, say: OnEvent) -> None:
-        self.say, self.seconds = say, {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[Callable[..., None]]:
-        began = time.perf_counter()
-        self.say(Event(stage))
-        yield lambda done, total, note="": self.say(Event(stage, done, total, note))
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - began
-        self.say(Event(stage, 1, 1))
-
-
 # ------------------------------------------------------------------------------------------------ choices
 
 
@@ -292,18 +268,6 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     fields = config.kd.model_dump()
     loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
     return KDConfig(**fields, loss=loss, rule=config.range, seed=config.seed)
-
-
-def window_length(model: nn.Module, asked: int | None) -> int:
-    """Tokens in an evaluation window.
-
-    Raises:
-        ValueError: longer than the model's context.
-    """
-    context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
-    if asked is not None and asked > context:
-        raise ValueError(f"eval_length={asked} is longer than the model's context of {context} tokens")
-    return asked or min(context, LONGEST_WINDOW)
 
 
 def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: QuantizeConfig) -> Tensor:
