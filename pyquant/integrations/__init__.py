@@ -1,1 +1,1 @@
-"""Everything that touches transformers, safetensors or the disk: loading, training, evaluating, exporting."""
+"""Where pyquant meets other packages: transformers, datasets, safetensors. Nothing below this folder imports them."""
