@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity
 from pyquant.integrations.events import Clock, OnEvent
 from pyquant.integrations.export import ExportInfo, export
+from pyquant.integrations.gptq import load_gptq
 from pyquant.integrations.machine import batch_for, pick_device, pick_dtype, stored_dtype, window_length
 from pyquant.integrations.transformers import load_causal_lm, load_model, spec_of
 from pyquant.nn.linear import QLinear
@@ -34,11 +36,17 @@ def load_any(path: str, device: str = "auto", dtype: str = "auto") -> tuple[nn.M
     """
     folder, device = local_folder(path), pick_device(device)
     quantized = bool(read_config(folder).get("quantization_config"))
-    if quantized:
-        model, tokenizer = load_model(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    else:
-        model, tokenizer = load_causal_lm(folder)
+    model, tokenizer = _load_quantized(folder)[:2] if quantized else load_causal_lm(folder)
     return model.to(device, pick_dtype(dtype, stored_dtype(model), device)), tokenizer, quantized
+
+
+def _load_quantized(folder: Path) -> tuple[nn.Module, Any, QuantSpec]:
+    quantization = read_config(folder)["quantization_config"]
+    if quantization.get("quant_method") == "gptq":
+        model, spec = load_gptq(folder), QuantSpec(quantization["bits"], quantization["group_size"])
+    else:
+        model, spec = load_model(folder), spec_of(quantization, str(folder))
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), spec
 
 
 def evaluate(
@@ -115,6 +123,13 @@ def generate(
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
+def token_streamer(tokenizer: Any) -> Any:
+    """Prints tokens to stdout as they come."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_special_tokens=True)
+
+
 def start_token(model: nn.Module, tokenizer: Any) -> int:
     """The token a document begins with: bos, else eos, else 0."""
     known = (tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.bos_token_id, 0)
@@ -131,9 +146,9 @@ def reexport(path: str, out: Path, fmt: str, overwrite: bool = False) -> ExportI
     folder = local_folder(path)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists; --overwrite replaces it")
-    model = load_model(folder)
-    spec = spec_of(read_config(folder)["quantization_config"], str(folder))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not read_config(folder).get("quantization_config"):
+        raise ValueError(f"{folder} is not quantized; pyquant quantize makes such a folder")
+    model, tokenizer, spec = _load_quantized(folder)
     return export(model, tokenizer, folder, out, spec, fmt, overwrite)
 
 
@@ -181,8 +196,8 @@ def bench(
             layer.weight.data = dense[0]
             q = QLinear.from_linear(layer, QuantSpec(4, group, True))
             packed = [q.qweight.clone() for _ in range(_copies(n * k // 2))]
-            us = _median_us([lambda w=w: linear_w4a16(x, w, q.scale, None, None, n, group) for w in packed])
-            bf16 = _median_us([lambda w=w: nn.functional.linear(x, w) for w in dense])
+            us = _median_us([partial(linear_w4a16, x, w, q.scale, None, None, n, group) for w in packed])
+            bf16 = _median_us([partial(nn.functional.linear, x, w) for w in dense])
             rows.append({"N": n, "K": k, "M": m, "us": us, "bf16_us": bf16, "speedup": bf16 / us})
             tick(i + 1, len(work), f"{n}x{k}, {m} tokens")
     return rows

@@ -56,7 +56,7 @@ def batch_for(rows: Tensor) -> int:
     return max(1, 4096 // rows.shape[1])
 
 
-def source_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     """Size of a checkpoint's weights on disk."""
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 

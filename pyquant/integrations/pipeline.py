@@ -24,22 +24,22 @@ from pyquant.integrations.config import QuantizeConfig, load_config
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.events import Clock, Event, OnEvent
-from pyquant.integrations.export import check_format, export, verify
+from pyquant.integrations.export import export, verify
 from pyquant.integrations.machine import (
     batch_for,
     peak_memory,
     pick_device,
     pick_dtype,
-    source_bytes,
     stored_dtype,
     versions,
+    weight_bytes,
     window_length,
 )
 from pyquant.integrations.summary import to_report
 from pyquant.integrations.trainer import KDConfig, train_kd
 from pyquant.integrations.transformers import load_causal_lm
 from pyquant.integrations.work import TRAINER, Work, checkpoint_digest, model_digest, tensor_digest, write_atomic
-from pyquant.nn.swap import SwapReport, swap
+from pyquant.nn.swap import SwapReport, matches, swap
 from pyquant.recipes.kd_qat import KDLoss, convert
 from pyquant.recipes.rtn import layer_errors, rtn
 from pyquant.report import write_report
@@ -115,7 +115,8 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     spec = QuantSpec(config.bits, config.group_size, config.symmetric)
     clock = Clock(say)
     work = Work(config)
-    check_format(config.format, spec)
+    if config.format == "gptq" and not config.symmetric:
+        raise ValueError("format gptq holds symmetric weights only; asymmetric ones need compressed-tensors")
     if config.recipe == "kd-qat" and config.calibration is None:
         raise ValueError("recipe kd-qat trains on text: give a calibration file (--calibration)")
     sources = {source: load_text(source, skip_chars=config.eval_skip_chars) for source in config.eval}
@@ -127,7 +128,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     stored = stored_dtype(model)
     compute = pick_dtype(config.dtype, stored, device)
     length = window_length(model, config.eval_length)
-    swap(model, spec, lambda _, linear: linear, config.include, config.exclude, config.skip_experts)  # checks alone
+    _check_layers(config, spec, model)
     with clock("tokenize"):
         texts = [
             EvaluationText(source, windows(tokenizer, text, length, config.eval_windows, source))
@@ -227,12 +228,13 @@ def _finish(
     with clock("export"):
         info = export(model, tokenizer, local_folder(config.model), checkpoint, spec, config.format, overwrite=True)
     with clock("load back and compare"):
-        result.max_difference = verify(checkpoint, probe, expected)
-    fp_bytes = source_bytes(local_folder(config.model))
+        p = next(model.parameters())
+        result.max_difference = verify(checkpoint, probe, expected, p.dtype, p.device)
+    size = weight_bytes(checkpoint)
     result.sizes = {
-        "fp_bytes": fp_bytes,
-        "quantized_bytes": info.bytes,
-        "bits_per_weight": 8 * info.bytes / report.total,
+        "fp_bytes": weight_bytes(local_folder(config.model)),
+        "quantized_bytes": size,
+        "bits_per_weight": 8 * size / report.total,
         "container_bits": info.container_bits,
         "quantized_percent": report.percent,
         "parameters": report.total,
@@ -268,6 +270,20 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     fields = config.kd.model_dump()
     loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
     return KDConfig(**fields, loss=loss, rule=config.range, seed=config.seed)
+
+
+def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> None:
+    """Everything that swap and the file format would refuse after hours of training."""
+    report = swap(model, spec, lambda _, linear: linear, config.include, config.exclude, config.skip_experts)
+    if config.format == "gptq":
+        for name in report.changed:
+            n, k = model.get_submodule(name).weight.shape
+            if n % 32 or k % 32:
+                raise ValueError(f"{name} has N={n}, K={k}; format gptq needs multiples of 32, use compressed-tensors")
+    if config.kd.freeze and config.recipe == "kd-qat":
+        for pattern in config.kd.freeze:
+            if not any(matches(name, [pattern]) for name in report.changed):
+                raise ValueError(f"freeze={pattern!r} matches none of the {len(report.changed)} layers to quantize")
 
 
 def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: QuantizeConfig) -> Tensor:
