@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyquant.formats import int4
 from pyquant.formats.spec import QuantSpec
-from pyquant.ops import dequantize_int4, linear_w4a16, quantize_int4
+from pyquant.ops import dequantize_int4, fake_quant, linear_w4a16, quantize_int4
 from pyquant.quantizers.base import Quantizer, make_quantizer
 from pyquant.quantizers.ranges import find_range, round_scale
 
@@ -91,7 +91,7 @@ class QLinear(nn.Module):
     @classmethod
     def from_fake_quant(cls, layer: FakeQuantLinear, scale_dtype: torch.dtype | None = None) -> QLinear:
         """Deploy a trained layer: its scales rounded to ``scale_dtype``, its codes found with those scales."""
-        scale, zero = layer.quantizer.range(layer.weight)
+        scale, zero = layer.range()
         scale = round_scale(scale.detach(), scale_dtype or layer.weight.dtype)
         return cls.from_range(layer, layer.quantizer.spec, scale, None if zero is None else zero.detach())
 
@@ -125,7 +125,7 @@ class QLinear(nn.Module):
         """Turn the portable tensors of a checkpoint into tiled order, in place; nothing happens the second time.
 
         Raises:
-            ValueError: when ``weight_shape`` contradicts the layer.
+            ValueError: when ``weight_shape``, or the shape of a tensor, contradicts the layer.
         """
         if self.prepared:
             return self
@@ -150,6 +150,9 @@ class QLinear(nn.Module):
         n, k, spec = self.out_features, self.in_features, self.spec
         if (shape := state["weight_shape"].tolist()) != [n, k]:
             raise ValueError(f"weight_shape {shape} does not match QLinear(in_features={k}, out_features={n})")
+        for name, like in _portable_like(self, "meta", state["weight_scale"].dtype).items():
+            if state[name].shape != like.shape:
+                raise ValueError(f"{name} has shape {tuple(state[name].shape)}, {self} needs {tuple(like.shape)}")
         fields = int4.unpack_bits(state["weight_packed"], spec.bits, k)
         zero = None
         if not spec.symmetric:
@@ -243,12 +246,32 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.quantized_weight(), self.bias)
 
-    def freeze(self) -> None:
-        """Snap the weight to its quantized value and stop training weight and quantizer (the bias too)."""
+    def range(self) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero ``[N, ceil(K/G)]`` that the layer multiplies with: the quantizer's, or those it was frozen at."""
+        return (self.frozen_scale, self.frozen_zero) if self.frozen else self.quantizer.range(self.weight)
+
+    def freeze(self, scale_dtype: torch.dtype | None = None, snap: bool = True) -> None:
+        """Snap the weight to its quantized value and stop training weight and quantizer (the bias too).
+
+        The range is kept in the buffers ``frozen_scale`` and ``frozen_zero`` of the state_dict: a quantizer that follows the
+        weight would find another one in the snapped weight.
+
+        Args:
+            scale_dtype: dtype the scales will be stored in; they are rounded to it first, so that the frozen value is the one
+                that is deployed. None keeps them in fp32.
+            snap: False leaves the weight alone and only makes the layer frozen, to load a frozen state_dict into it.
+        """
         with torch.no_grad():
-            self.weight.copy_(self.quantized_weight())
-        self.requires_grad_(False)
+            scale, zero = self.range()
+            scale = round_scale(scale.detach(), scale_dtype or torch.float32)
+            zero = None if zero is None else zero.detach().clone()
+            if snap:
+                spec = self.quantizer.spec
+                self.weight.copy_(fake_quant(self.weight, scale, zero, spec.group_size, spec.bits))
         self.frozen = True
+        self.register_buffer("frozen_scale", scale)
+        self.register_buffer("frozen_zero", zero)
+        self.requires_grad_(False)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", frozen" if self.frozen else "")

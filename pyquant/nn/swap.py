@@ -49,8 +49,17 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def fused_experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Weights that a walk over ``nn.Linear`` cannot see: 3-D parameters, as transformers stores MoE experts."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point()}
+    """Weights that a walk over ``nn.Linear`` cannot see: 3-D parameters, as transformers stores MoE experts.
+
+    The 3-D kernels of convolutions (state-space models, speech encoders) are none.
+    """
+    return {
+        f"{name}.{own}".lstrip("."): tuple(p.shape)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for own, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and p.is_floating_point()
+    }
 
 
 def swap(

@@ -1,0 +1,417 @@
+"""The command line: ``pyquant quantize | eval | generate | export | bench | doctor | demo``.
+
+Thin: each command reads its flags, calls one function of :mod:`pyquant.integrations` (imported then, so that ``--help``
+is quick) and prints what comes back. Results go to stdout, progress and errors to stderr. An expected error is one
+sentence and exit code 1; ``--debug`` shows the traceback; Ctrl-C is exit code 130 and says how to go on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from pyquant.integrations.config import KDSettings, QuantizeConfig, load_config
+
+
+class _Group(typer.core.TyperGroup):
+    """Remembers the arguments as typed, for reports and for the hint on how to resume."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.obj = list(args)
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="pyquant",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="4-bit language models: quantize, train, measure, export.",
+)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command, with ``--debug`` and with errors as sentences."""
+
+    @functools.wraps(function)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (KeyboardInterrupt, Exception) as error:
+            if debug and not isinstance(error, typer.Exit):
+                traceback.print_exc()
+            raise _exit_for(error, kwargs) from None
+
+    hints = get_type_hints(function, include_extras=True)
+    hints["debug"] = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+    given = inspect.signature(function).parameters.values()
+    parameters = [p.replace(annotation=hints[p.name]) for p in given]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters.append(inspect.Parameter("debug", keyword, default=False, annotation=hints["debug"]))
+    run.__signature__, run.__annotations__ = inspect.Signature(parameters), hints
+    return app.command(name=function.__name__.removesuffix("_"))(run)
+
+
+def _exit_for(error: BaseException, kwargs: dict[str, Any]) -> BaseException:
+    """Print what a person needs to know about an error; returns what to raise."""
+    if isinstance(error, typer.Exit | typer.Abort):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        step = getattr(error, "step", None)
+        where = "" if step is None else f" at step {step}"
+        typer.echo(f"\nstopped{where}", err=True)
+        out = kwargs.get("out")
+        context = kwargs.get("context")
+        if context is not None and out is not None and out.with_name(f"{out.name}.work").exists():
+            args = [arg for arg in context.find_root().obj if arg not in ("--resume", "--overwrite")]
+            typer.echo(f"continue with: {shlex.join(['pyquant', *args, '--resume'])}", err=True)
+        return typer.Exit(130)
+    sentence = str(error).strip() or type(error).__name__
+    if "out of memory" in sentence.lower():
+        sentence = (
+            f"out of memory: a smaller batch (--batch-size) or shorter windows need less ({sentence.splitlines()[0]})"
+        )
+    elif not isinstance(error, ValueError | OSError | ImportError | RuntimeError):
+        sentence = f"{type(error).__name__}: {sentence} (--debug shows where)"
+    typer.echo(f"error: {' '.join(sentence.split())}", err=True)
+    return typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ progress and tables
+
+
+class Progress:
+    """Events as a bar on a terminal, as lines elsewhere (a new stage, and then at most one line every ten seconds)."""
+
+    def __init__(self) -> None:
+        self.live: Any = None
+        self.task: Any = None
+        self.stage, self.printed = "", 0.0
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bars
+
+            columns = [SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(None)]
+            columns += [MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}")]
+            self.live = Bars(*columns, console=Console(stderr=True))
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, event: Any) -> None:
+        """Show one :class:`pyquant.integrations.events.Event`."""
+        if self.live is not None:
+            self._bar(event)
+        else:
+            self._line(event)
+
+    def _bar(self, event: Any) -> None:
+        if event.stage != self.stage:
+            self.stage = event.stage
+            self.task = self.live.add_task(event.stage, total=None, note="")
+        if event.total:
+            self.live.update(self.task, completed=event.done, total=event.total, note=event.note)
+
+    def _line(self, event: Any) -> None:
+        import time
+
+        now = time.monotonic()
+        if event.stage != self.stage:
+            self.stage, self.printed = event.stage, now
+            typer.echo(f"{event.stage} ...", err=True)
+        elif event.note != "done" and event.total and now - self.printed > 10:
+            self.printed = now
+            typer.echo(f"  {event.done}/{event.total} {event.note}".rstrip(), err=True)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    """A table on stdout: drawn on a terminal, aligned columns elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        drawn = Table(*columns)
+        for column in drawn.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            drawn.add_row(*row)
+        Console().print(drawn)
+        return
+    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
+    for line in [columns, *rows]:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        typer.echo("  ".join(cells).rstrip())
+
+
+# ------------------------------------------------------------------------------------------------ quantize
+
+
+def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any:
+    """A flag of ``quantize`` whose default is the configuration's, so that a YAML file can stand between the two."""
+    fields = KDSettings.model_fields if field.startswith("kd.") else QuantizeConfig.model_fields
+    info = fields[field.removeprefix("kd.")]
+    default = info.get_default(call_default_factory=True, validated_data={})
+    shown = "all" if default is None and field == "eval_windows" else default
+    shown = ",".join(shown) if isinstance(shown, tuple) else shown
+    choices = getattr(info.annotation, "__args__", ()) if "Literal" in str(info.annotation) else ()
+    what = f"{text} {'|'.join(map(str, choices))}" if choices else text
+    note = "" if info.is_required() or shown in (None, "", False) else f" (default {shown})"
+    return typer.Option(*flags, help=f"{what}{note}".strip(), rich_help_panel=panel, show_default=False)
+
+
+_KD = "Training (--recipe kd-qat)"
+_EVAL = "Evaluation"
+_HOW = "Format of the weights"
+
+
+@command
+def quantize(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder (or Hub name) of the full-precision model.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    recipe: Annotated[str | None, _option("recipe", "--recipe", text="")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
+    ] = None,
+    calibration: Annotated[str | None, _option("calibration", "--calibration", text="Training text of kd-qat.")] = None,
+    file_format: Annotated[str | None, _option("format", "--format", text="")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace --out, start anew.")] = None,
+    resume: Annotated[bool | None, typer.Option("--resume", help="Continue interrupted work.")] = None,
+    device: Annotated[str | None, _option("device", "--device", text="")] = None,
+    dtype: Annotated[str | None, _option("dtype", "--dtype", text="Arithmetic.")] = None,
+    seed: Annotated[int | None, _option("seed", "--seed", text="")] = None,
+    bits: Annotated[int | None, _option("bits", "--bits", text="2, 3 or 4.", panel=_HOW)] = None,
+    group_size: Annotated[int | None, _option("group_size", "--group-size", text="", panel=_HOW)] = None,
+    symmetric: Annotated[bool | None, _option("symmetric", "--symmetric/--asymmetric", text="", panel=_HOW)] = None,
+    weight_range: Annotated[str | None, _option("range", "--range", text="First range:", panel=_HOW)] = None,
+    include: Annotated[
+        list[str] | None, _option("include", "--include", text="Layers to quantize (pattern, repeatable).", panel=_HOW)
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, _option("exclude", "--exclude", text="Layers to leave (pattern, repeatable).", panel=_HOW)
+    ] = None,
+    skip_experts: Annotated[
+        bool | None, typer.Option("--skip-experts", help="Leave fused experts as they are.", rich_help_panel=_HOW)
+    ] = None,
+    evals: Annotated[
+        list[str] | None,
+        _option("eval", "--eval", text="Text to measure perplexity on, before and after (repeatable).", panel=_EVAL),
+    ] = None,
+    eval_windows: Annotated[
+        int | None, _option("eval_windows", "--eval-windows", text="Windows of each text.", panel=_EVAL)
+    ] = None,
+    eval_length: Annotated[
+        int | None,
+        _option("eval_length", "--eval-length", text="Tokens in a window (the context, <= 2048).", panel=_EVAL),
+    ] = None,
+    eval_skip_chars: Annotated[
+        int | None,
+        _option("eval_skip_chars", "--eval-skip-chars", text="Characters of each text to skip.", panel=_EVAL),
+    ] = None,
+    steps: Annotated[int | None, _option("kd.steps", "--steps", text="", panel=_KD)] = None,
+    batch_size: Annotated[int | None, _option("kd.batch_size", "--batch-size", text="", panel=_KD)] = None,
+    seq_len: Annotated[int | None, _option("kd.seq_len", "--seq-len", text="", panel=_KD)] = None,
+    grad_accum: Annotated[int | None, _option("kd.grad_accum", "--grad-accum", text="", panel=_KD)] = None,
+    lr: Annotated[float | None, _option("kd.lr", "--lr", text="Of weights.", panel=_KD)] = None,
+    scale_lr: Annotated[
+        float | None, _option("kd.scale_lr", "--scale-lr", text="Of scales and zeros.", panel=_KD)
+    ] = None,
+    weight_decay: Annotated[float | None, _option("kd.weight_decay", "--weight-decay", text="", panel=_KD)] = None,
+    warmup_steps: Annotated[
+        int | None, _option("kd.warmup_steps", "--warmup-steps", "--warmup", text="", panel=_KD)
+    ] = None,
+    schedule: Annotated[str | None, _option("kd.schedule", "--schedule", text="", panel=_KD)] = None,
+    max_grad_norm: Annotated[float | None, _option("kd.max_grad_norm", "--max-grad-norm", text="", panel=_KD)] = None,
+    kl: Annotated[float | None, _option("kd.kl", "--kl", text="Weight of KL(teacher || student).", panel=_KD)] = None,
+    ce: Annotated[float | None, _option("kd.ce", "--ce", text="Weight of the cross entropy.", panel=_KD)] = None,
+    temperature: Annotated[
+        float | None, _option("kd.temperature", "--temperature", text="Of the KL.", panel=_KD)
+    ] = None,
+    freeze: Annotated[
+        str | None, _option("kd.freeze", "--freeze", text="Layers to freeze, comma-separated patterns.", panel=_KD)
+    ] = None,
+    ov_freeze: Annotated[
+        bool, typer.Option("--ov-freeze", help="The same as --freeze v_proj,o_proj.", rich_help_panel=_KD)
+    ] = False,
+    freeze_at: Annotated[
+        int | None, _option("kd.freeze_at", "--freeze-at", text="Step to freeze at.", panel=_KD)
+    ] = None,
+    quantizer: Annotated[
+        str | None, _option("kd.quantizer", "--quantizer", text="lsq (learned scales) or ste.", panel=_KD)
+    ] = None,
+    save_steps: Annotated[int | None, _option("kd.save_steps", "--save-steps", text="", panel=_KD)] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Less memory, slower.", rich_help_panel=_KD)
+    ] = None,
+) -> None:
+    """Quantize a model, measure what it costs, and write a folder that transformers, vLLM and SGLang load."""
+    if ov_freeze and freeze is not None:
+        raise ValueError("give --ov-freeze or --freeze, not both")
+    frozen = ("v_proj", "o_proj") if ov_freeze else None if freeze is None else tuple(filter(None, freeze.split(",")))
+    given = dict(locals())
+    flags = {name: given[name] for name in QuantizeConfig.model_fields if name in given}
+    flags |= {"format": file_format, "range": weight_range, "eval": evals}
+    flags |= {f"kd.{name}": given[name] for name in KDSettings.model_fields if name in given}
+    flags["kd.freeze"] = frozen
+    settings = load_config(config, flags)
+
+    from pyquant.integrations.pipeline import quantize as run
+    from pyquant.integrations.summary import accuracy_table, cost_lines
+
+    typed = shlex.join(["pyquant", *context.find_root().obj])
+    with Progress() as progress:
+        result = run(settings, progress, typed).to_dict()
+    typer.echo("")
+    if result["rows"]:
+        table(*accuracy_table(result))
+        typer.echo("")
+    for line in [*cost_lines(result), *result["notes"]]:
+        typer.echo(line)
+    typer.echo(f"\n{settings.out}/report.html has the details.")
+
+
+# ------------------------------------------------------------------------------------------------ the others
+
+
+Device = Annotated[str, typer.Option(help="auto|cpu|cuda")]
+Dtype = Annotated[str, typer.Option(help="Arithmetic: auto|float32|bfloat16|float16")]
+
+
+@command
+def eval_(
+    model: Annotated[str, typer.Argument(help="Folder of a full-precision or quantized model.")],
+    text: Annotated[list[str], typer.Argument(help="Texts: files, folders or data set names.")],
+    windows: Annotated[int | None, typer.Option(help="Windows of each text; all by default.")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens in a window; the context, at most 2048, by default.")
+    ] = None,
+    skip_chars: Annotated[int, typer.Option(help="Characters of each text to skip.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Perplexity of a model on texts."""
+    from pyquant.integrations.commands import evaluate
+
+    with Progress() as progress:
+        result = evaluate(model, text, length, windows, skip_chars, device, dtype, progress)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    rows = [[Path(r["text"]).name, f"{r['windows']} x {r['length']}", f"{r['perplexity']:.3f}"] for r in result["rows"]]
+    table(["text", "windows", "perplexity"], rows)
+
+
+@command
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder of a full-precision or quantized model.")],
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Continue a prompt; a quantized model runs on pyquant's kernels."""
+    from pyquant.integrations.commands import generate as run
+    from pyquant.integrations.commands import load_any, token_streamer
+
+    loaded, tokenizer, _ = load_any(model, device, dtype)
+    streamer = token_streamer(tokenizer) if sys.stdout.isatty() else None
+    text = run(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
+    if streamer is None:
+        typer.echo(text)
+
+
+@command
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a quantized model.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    file_format: Annotated[str, typer.Option("--format", help="compressed-tensors|gptq")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+) -> None:
+    """Write a quantized folder in another format; the weights stay the same."""
+    from pyquant.integrations.commands import reexport
+
+    info = reexport(model, out, file_format, overwrite)
+    typer.echo(f"{out}: {len(info.files)} files, {info.bytes / 1e6:.1f} MB")
+    if info.note:
+        typer.echo(info.note)
+
+
+@command
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder of a model; only its config is read.")],
+    tokens: Annotated[list[int] | None, typer.Option(help="Rows of the activation, repeatable.")] = None,
+    group_size: Annotated[int, typer.Option()] = 128,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time the 4-bit linear layer against torch's bf16 one on this GPU, for the shapes of a model."""
+    from pyquant.integrations.commands import bench as run
+
+    with Progress() as progress:
+        rows = run(model, tokens or (1, 16, 256), group_size, progress)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    cells = [
+        [f"{r['N']}x{r['K']}", str(r["M"]), f"{r['us']:.1f}", f"{r['bf16_us']:.1f}", f"{r['speedup']:.2f}"]
+        for r in rows
+    ]
+    table(["weight", "tokens", "4 bits, us", "bf16, us", "speed-up"], cells)
+
+
+@command
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What is installed, which GPU is found, and which backend serves each op."""
+    from pyquant import doctor as facts
+
+    found = facts.report()
+    typer.echo(json.dumps(found, indent=1) if as_json else facts.format(found))
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for texts, checkpoint and report.")] = Path("demo-out"),
+    text: Annotated[str | None, typer.Option(help="Your own text, instead of text that the demo model writes.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each KD-QAT run.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    model: Annotated[str | None, typer.Option(help="Another small model instead of the bundled one.")] = None,
+) -> None:
+    """Quantize the small model that comes with pyquant, several ways, and report. A few minutes on two CPU cores."""
+    from pyquant.integrations.demo import DemoConfig, run
+
+    chosen = {"steps": steps, "model": model, "text": text}
+    settings = DemoConfig(out=out, seed=seed, **{key: value for key, value in chosen.items() if value is not None})
+    with Progress() as progress:
+        result = run(settings, progress)
+    typer.echo("")
+    table(result.columns, result.rows)
+    for line in result.lines:
+        typer.echo(f"\n{line}")
+    typer.echo(f"\n{out}/report.html has the details.")
+
+
+def main() -> None:
+    """Entry point of the ``pyquant`` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where pyquant meets other packages: transformers, datasets, safetensors. Nothing below this folder imports them."""

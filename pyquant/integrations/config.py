@@ -1,0 +1,182 @@
+"""What ``pyquant quantize`` can be told: one pydantic model, filled from a YAML file, from flags, or from Python.
+
+No heavy import here, so a misspelt key is reported at once. :func:`load_config` turns every complaint into one sentence
+that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Recipe = Literal["rtn", "kd-qat"]
+Range = Literal["minmax", "mse"]
+Format = Literal["compressed-tensors", "gptq"]
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Settings that a resumed run may change: they do not touch the weights that come out.
+FREE_TO_CHANGE = ("out", "overwrite", "resume", "format", "device", "dtype", "eval", "eval_windows", "eval_length")
+FREE_TO_CHANGE += ("eval_skip_chars",)
+
+
+class KDSettings(BaseModel):
+    """The training of ``--recipe kd-qat``: fields and defaults of the trainer's ``KDConfig`` and of its loss."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(8, ge=1)
+    seq_len: int = Field(512, ge=2)
+    grad_accum: int = Field(1, ge=1)
+    lr: float = Field(1e-5, gt=0)
+    scale_lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    bf16: bool | None = None
+    save_steps: int = Field(100, ge=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+    freeze: tuple[str, ...] = ()
+    freeze_at: int = Field(0, ge=0)
+    kl: float = Field(0.5, ge=0)
+    ce: float = Field(0.5, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    quantizer: str = "lsq"
+    gradient_checkpointing: bool = False
+
+
+class QuantizeConfig(BaseModel):
+    """Everything one run of ``pyquant quantize`` needs.
+
+    Attributes:
+        model: folder of a Hugging Face checkpoint (or a name in the local Hugging Face cache).
+        recipe: ``rtn`` (round to nearest, no data) or ``kd-qat`` (quantization-aware training with distillation).
+        bits, group_size, symmetric: the weight format; group size -1 is one scale per output channel.
+        range: how the first range is found: ``mse`` (smallest squared error) or ``minmax``.
+        include, exclude: shell-style patterns on module names or their tails.
+        skip_experts: leave fused mixture-of-experts weights as they are instead of refusing the model.
+        calibration: training text of kd-qat: a file, a folder, or a data set name.
+        eval: texts to measure perplexity on, before and after.
+        eval_windows: at most this many windows of each text; None is all of them.
+        eval_length: tokens in a window; None is the model's context, at most 2048.
+        eval_skip_chars: characters of each evaluation text to skip (for a text that was partly trained on).
+        out: folder to write; must not exist unless ``overwrite``.
+        format: ``compressed-tensors`` or ``gptq``.
+        resume: continue the unfinished work beside ``out``.
+        device, dtype: where and in which arithmetic; ``auto`` means the GPU in the checkpoint's dtype,
+            or the CPU in float32.
+        kd: the training of kd-qat.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    model: str
+    recipe: Recipe = "rtn"
+    bits: int = Field(4, ge=2, le=4)
+    group_size: Literal[-1, 32, 64, 128] = 128
+    symmetric: bool = True
+    range: Range = "mse"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("lm_head",)
+    skip_experts: bool = False
+    calibration: str | None = None
+    eval: tuple[str, ...] = ()
+    eval_windows: int | None = Field(None, ge=1)
+    eval_length: int | None = Field(None, ge=2)
+    eval_skip_chars: int = Field(0, ge=0)
+    out: Path
+    format: Format = "compressed-tensors"
+    overwrite: bool = False
+    resume: bool = False
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    seed: int = 0
+    kd: KDSettings = Field(default_factory=KDSettings)
+
+    @field_validator("include", "exclude", "eval", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def work(self) -> Path:
+        """Where unfinished work is kept, beside ``out``."""
+        return self.out.parent / f"{self.out.name}.work"
+
+    def fixed(self) -> dict[str, Any]:
+        """The settings that decide the resulting weights, JSON-ready and flat (``kd.steps``)."""
+        fields = self.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+        kd = fields.pop("kd")
+        if self.recipe != "kd-qat":
+            return fields
+        return fields | {f"kd.{name}": value for name, value in kd.items()}
+
+
+def known_keys() -> list[str]:
+    """Every key of a recipe file, nested ones as ``kd.steps``."""
+    return [*QuantizeConfig.model_fields, *(f"kd.{name}" for name in KDSettings.model_fields)]
+
+
+def load_config(file: Path | None, flags: Mapping[str, Any]) -> QuantizeConfig:
+    """A configuration from a YAML file overridden by flags.
+
+    Args:
+        file: the recipe, or None.
+        flags: key -> value, nested keys as ``kd.steps``; None values are flags that were not given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown key, or a value that does not fit, in one sentence that names the key.
+    """
+    settings: dict[str, Any] = {}
+    if file is not None:
+        settings = _read_yaml(file)
+    for key, value in flags.items():
+        if value is None:
+            continue
+        head, _, tail = key.partition(".")
+        if tail:
+            settings[head] = {**settings.get(head, {}), tail: value}
+        else:
+            settings[head] = value
+    try:
+        return QuantizeConfig(**settings)
+    except ValidationError as error:
+        raise ValueError(_sentence(error, file)) from error
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such recipe file")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must hold keys and values, not a {type(settings).__name__}")
+    if not isinstance(settings.get("kd", {}), dict):
+        raise ValueError(f"{file}: kd must hold keys and values, not {settings['kd']!r}")
+    return settings
+
+
+def _sentence(error: ValidationError, file: Path | None) -> str:
+    """The first complaint of pydantic, with the key, the value, and near matches for an unknown key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = f"{file}: " if file else ""
+    if first["type"] == "extra_forbidden":
+        leaves = {known.rpartition(".")[2]: known for known in reversed(known_keys())}
+        near = [leaves[m] for m in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=3, cutoff=0.6)]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known_keys())}"
+        return f"{where}unknown key {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"{where}{key} is missing"
+    return f"{where}{key}={first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"

@@ -1,0 +1,303 @@
+"""One run of ``pyquant quantize``: check, measure, quantize, measure again, export, load back, report.
+
+Everything that can be wrong with the request is found before any work begins. What is measured is what is written: the
+quantized model is evaluated with the rounded values that the file holds, exported into the work folder, loaded
+back from there and compared logit by logit; only then does the output folder appear, complete, with its report.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyquant.formats.spec import QuantSpec
+from pyquant.integrations.checkpoint import local_folder
+from pyquant.integrations.config import QuantizeConfig, load_config
+from pyquant.integrations.data import load_text, windows
+from pyquant.integrations.evaluate import perplexity, probe_logits
+from pyquant.integrations.events import Clock, Event, OnEvent
+from pyquant.integrations.export import export, verify
+from pyquant.integrations.machine import (
+    batch_for,
+    peak_memory,
+    pick_device,
+    pick_dtype,
+    stored_dtype,
+    versions,
+    weight_bytes,
+    window_length,
+)
+from pyquant.integrations.summary import to_report
+from pyquant.integrations.trainer import KDConfig, train_kd
+from pyquant.integrations.transformers import load_causal_lm
+from pyquant.integrations.work import TRAINER, Work, checkpoint_digest, model_digest, tensor_digest, write_atomic
+from pyquant.nn.swap import SwapReport, matches, swap
+from pyquant.recipes.kd_qat import KDLoss, convert
+from pyquant.recipes.rtn import layer_errors, rtn
+from pyquant.report import write_report
+
+__all__ = ["EvaluationText", "Event", "QuantizeConfig", "Result", "load_config", "quantize"]
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text cut for measuring: windows ``[n, length]`` and where they came from."""
+
+    source: str
+    windows: Tensor
+
+
+@dataclass
+class Result:
+    """What a run found; :meth:`to_dict` is ``report.json``.
+
+    Attributes:
+        config: the settings of the run, complete.
+        rows: ``{"text", "windows", "length", "fp", "quantized"}``, perplexities.
+        history: ``{"step", "loss", "kl", "ce", "lr"}`` of kd-qat.
+        layers: ``{"name", "relative_error", "sqnr_db"}``, weight errors.
+        sizes: ``fp_bytes, quantized_bytes, bits_per_weight, container_bits, quantized_percent, parameters``.
+        kept: linear layer -> why it was left.
+        frozen: layers fixed by ov-freeze.
+        seconds: stage -> time.
+        memory: ``host_gib`` and ``gpu_gib``, the peaks of the process.
+        max_difference: largest logit difference between the evaluated model and the one loaded back (0 is the aim).
+        notes: caveats, in sentences.
+        versions: packages and machine.
+        out: the folder.
+    """
+
+    config: dict[str, Any]
+    spec: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, float]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    sizes: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    frozen: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+    max_difference: float = float("nan")
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    out: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: str = "") -> Result:
+    """Quantize a model as configured.
+
+    Args:
+        config: see :class:`QuantizeConfig`.
+        on_event: receives progress.
+        command: the command line, for the report.
+
+    Returns:
+        the result, also in ``out/report.json`` and ``out/report.html``.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: the request cannot be met; nothing was written.
+        pyquant.integrations.export.ExportMismatch: the exported model is not the evaluated one; nothing was published.
+        KeyboardInterrupt: stopped; what was finished is kept for ``resume``.
+    """
+    say = on_event or (lambda event: None)
+    spec = QuantSpec(config.bits, config.group_size, config.symmetric)
+    clock = Clock(say)
+    work = Work(config)
+    if config.format == "gptq" and not config.symmetric:
+        raise ValueError("format gptq holds symmetric weights only; asymmetric ones need compressed-tensors")
+    if config.recipe == "kd-qat" and config.calibration is None:
+        raise ValueError("recipe kd-qat trains on text: give a calibration file (--calibration)")
+    sources = {source: load_text(source, skip_chars=config.eval_skip_chars) for source in config.eval}
+    training_text = load_text(config.calibration) if config.recipe == "kd-qat" else ""
+
+    device, folder = pick_device(config.device), local_folder(config.model)
+    with clock("load the model"):
+        model, tokenizer = load_causal_lm(folder, dtype="auto", device="cpu")
+    stored = stored_dtype(model)
+    compute = pick_dtype(config.dtype, stored, device)
+    length = window_length(model, config.eval_length)
+    _check_layers(config, spec, model)
+    with clock("tokenize"):
+        texts = [
+            EvaluationText(source, windows(tokenizer, text, length, config.eval_windows, source))
+            for source, text in sources.items()
+        ]
+        tokens = None
+        if config.recipe == "kd-qat":
+            tokens = _training_windows(tokenizer, training_text, model, config)
+    _check_disk(config, model)
+
+    result = Result(config=config.model_dump(mode="json"), spec=str(spec), versions=versions(device))
+    model.to(device, compute)
+    work.open()
+    try:
+        fp = [_measure(work, model, text, "full precision", checkpoint_digest(folder), clock) for text in texts]
+        model, report = _apply(config, spec, model, tokens, stored, work, clock, result)
+        digest = model_digest(model) if texts else ""
+        quantized = [_measure(work, model, text, "quantized", digest, clock) for text in texts]
+        result.rows = [
+            {"text": t.source, "windows": len(t.windows), "length": t.windows.shape[1], "fp": a, "quantized": b}
+            for t, a, b in zip(texts, fp, quantized, strict=True)
+        ]
+        result.kept = report.kept
+        _finish(config, spec, model, tokenizer, texts, report, work, clock, result, command)
+    except BaseException:
+        work.close_after_failure()
+        raise
+    return result
+
+
+# ------------------------------------------------------------------------------------------------ stages
+
+
+def _apply(
+    config: QuantizeConfig,
+    spec: QuantSpec,
+    model: nn.Module,
+    tokens: Tensor | None,
+    stored: torch.dtype,
+    work: Work,
+    clock: Clock,
+    result: Result,
+) -> tuple[nn.Module, SwapReport]:
+    """The recipe: the quantized model (QLinear, values as they will be stored) and what became of its layers."""
+    chosen = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
+    before = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if tokens is None:
+        with clock("quantize") as stage:
+            count, done = len(before), iter(range(1, len(before) + 1))
+            report = rtn(
+                model, spec, config.range, **chosen, scale_dtype=stored, on_layer=lambda _: stage(next(done), count)
+            )
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.copy_(p.to(stored))
+    else:
+        compute = next(model.parameters()).dtype
+        with clock("train") as stage:
+            student = copy.deepcopy(model).float()  # master weights: steps of 1e-5 vanish in bf16
+            teacher = model.eval().requires_grad_(False)
+            report = swap(student, spec, lambda _, linear: linear, **chosen)
+            steps = config.kd.steps
+            result.history = train_kd(
+                student,
+                teacher,
+                tokens,
+                kd_config(config),
+                spec,
+                work.path / TRAINER,
+                work.resumed,
+                lambda row: stage(int(row["step"]), steps, f"loss {row['loss']:.4f}"),
+            )
+        result.frozen = [name for name, m in student.named_modules() if getattr(m, "frozen", False)]
+        convert(student, stored)
+        model = student.to(compute)
+    model.eval()
+    result.layers = layer_errors(before, model)
+    return model, report
+
+
+def _finish(
+    config: QuantizeConfig,
+    spec: QuantSpec,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[EvaluationText],
+    report: SwapReport,
+    work: Work,
+    clock: Clock,
+    result: Result,
+    command: str,
+) -> None:
+    """Export into the work folder, load back and compare, write the reports, publish."""
+    checkpoint = work.path / "checkpoint"
+    probe = texts[0].windows[:1, :64] if texts else torch.arange(16).remainder(model.config.vocab_size)[None]
+    expected = probe_logits(model, probe)
+    with clock("export"):
+        info = export(model, tokenizer, local_folder(config.model), checkpoint, spec, config.format, overwrite=True)
+    with clock("load back and compare"):
+        p = next(model.parameters())
+        result.max_difference = verify(checkpoint, probe, expected, p.dtype, p.device)
+    size = weight_bytes(checkpoint)
+    result.sizes = {
+        "fp_bytes": weight_bytes(local_folder(config.model)),
+        "quantized_bytes": size,
+        "bits_per_weight": 8 * size / report.total,
+        "container_bits": info.container_bits,
+        "quantized_percent": report.percent,
+        "parameters": report.total,
+    }
+    if info.note:
+        result.notes.append(info.note)
+    if not texts:
+        result.notes.append("No evaluation text was given, so accuracy was not measured: only weight errors are known.")
+    result.seconds = clock.seconds
+    result.memory = peak_memory()
+    result.out = str(config.out)
+    write_atomic(checkpoint / "report.json", json.dumps(result.to_dict(), indent=1))
+    write_report(to_report(result.to_dict(), command), checkpoint / "report.html")
+    work.publish(checkpoint)
+
+
+def _measure(work: Work, model: nn.Module, text: EvaluationText, who: str, digest: str, clock: Clock) -> float:
+    """Perplexity of one text, from the finished evaluations where it is there."""
+    p = next(model.parameters())
+    key = f"{who} {digest} {tensor_digest(text.windows)} {p.dtype} {p.device.type}"
+    key = hashlib.sha256(key.encode()).hexdigest()
+    with clock(f"evaluate {who} on {Path(text.source).name}") as stage:
+        if key not in work.evaluations:
+            work.remember(key, perplexity(model, text.windows, batch_for(text.windows), stage))
+    return work.evaluations[key]
+
+
+# ------------------------------------------------------------------------------------------------ choices
+
+
+def kd_config(config: QuantizeConfig) -> KDConfig:
+    """The trainer's configuration of a run."""
+    fields = config.kd.model_dump()
+    loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
+    return KDConfig(**fields, loss=loss, rule=config.range, seed=config.seed)
+
+
+def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> None:
+    """Everything that swap and the file format would refuse after hours of training."""
+    report = swap(model, spec, lambda _, linear: linear, config.include, config.exclude, config.skip_experts)
+    if config.format == "gptq":
+        for name in report.changed:
+            n, k = model.get_submodule(name).weight.shape
+            if n % 32 or k % 32:
+                raise ValueError(f"{name} has N={n}, K={k}; format gptq needs multiples of 32, use compressed-tensors")
+    if config.kd.freeze and config.recipe == "kd-qat":
+        for pattern in config.kd.freeze:
+            if not any(matches(name, [pattern]) for name in report.changed):
+                raise ValueError(f"freeze={pattern!r} matches none of the {len(report.changed)} layers to quantize")
+
+
+def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: QuantizeConfig) -> Tensor:
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and config.kd.seq_len > context:
+        raise ValueError(f"kd.seq_len={config.kd.seq_len} is longer than the model's context of {context} tokens")
+    return windows(tokenizer, text, config.kd.seq_len, source=str(config.calibration))
+
+
+def _check_disk(config: QuantizeConfig, model: nn.Module) -> None:
+    """Room for the checkpoint and, in training, for weights, optimizer and their replacement."""
+    parameters = sum(p.numel() for p in model.parameters())
+    need = parameters * (2 if config.recipe == "rtn" else 2 + 2 * 12)
+    folder = next(p for p in (config.out.parent, *config.out.parent.parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise ValueError(f"{folder} has {free / 1e9:.1f} GB free; this run may need {need / 1e9:.1f} GB")

@@ -1,0 +1,11 @@
+"""Recipes: pure functions over plain modules that take a model from full precision to low-bit weights.
+
+``RECIPES`` names them for the command line: name -> one sentence.
+"""
+
+RECIPES = {
+    "rtn": "round to nearest, ranges from the weights alone (min-max, or clipped to the smallest squared error); seconds",
+    "kd-qat": "train weights and scales through the quantizer against the full-precision teacher; needs text and time",
+}
+
+__all__ = ["RECIPES"]
