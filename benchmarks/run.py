@@ -36,7 +36,9 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
             exact = x.float() @ ours.dequantize(torch.float32).T
             error = float((ours(x).float() - exact).norm() / exact.norm())
             if not error < GATE:
-                raise SystemExit(f"linear_w4a16 is wrong at M={m} N={n} K={k}: relative error {error:.2e}; nothing is timed")
+                raise SystemExit(
+                    f"linear_w4a16 is wrong at M={m} N={n} K={k}: relative error {error:.2e}; nothing is timed"
+                )
             roof = max(
                 (n * k * (0.5 + 2 / GROUP) + 2 * m * (n + k)) / ceilings["read_tbps"] / 1e6,
                 2 * m * n * k / ceilings["bf16_tflops"] / 1e6,
@@ -55,7 +57,9 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
                         "rel_err": error if name == "pyquant" else None,
                     }
                 )  # fmt: skip
-            print(f"K={k} N={n} M={m}: roof {roof:.1f} " + " ".join(f"{a} {b:.1f}" for a, b in times.items()), flush=True)
+            print(
+                f"K={k} N={n} M={m}: roof {roof:.1f} " + " ".join(f"{a} {b:.1f}" for a, b in times.items()), flush=True
+            )
     return rows
 
 

@@ -30,7 +30,13 @@ def quantize_int4(w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
 
 
 def dequantize_int4(
-    qweight: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, group_size: int, dtype: torch.dtype | None = None
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``w_hat [n, k]`` of a tiled weight; scale and zero in tiled order. The product is fp32, rounded once to dtype."""
     codes = int4.untile_codes(qweight, n, k)

@@ -48,7 +48,9 @@ class QuantSpec:
     def misfit(self, k: int) -> str | None:
         """Why K = k cannot be stored with this spec, or None. (The kernels take a ragged last group; files do not.)"""
         if self.group_size > 0 and k % self.group_size:
-            return f"K={k} must be a multiple of group_size={self.group_size} (use group_size=-1 for per-channel scales)"
+            return (
+                f"K={k} must be a multiple of group_size={self.group_size} (use group_size=-1 for per-channel scales)"
+            )
         return None
 
     def to_dict(self) -> dict[str, Any]:

@@ -43,7 +43,9 @@ def check_gptq(name: str, layer: QLinear) -> None:
     """
     n, k = layer.out_features, layer.in_features
     if not layer.spec.symmetric:
-        raise ValueError("the GPTQ format is written for symmetric weights only; use compressed-tensors for asymmetric ones")
+        raise ValueError(
+            "the GPTQ format is written for symmetric weights only; use compressed-tensors for asymmetric ones"
+        )
     if n % 32 or k % 32:
         raise ValueError(f"{name} has N={n}, K={k}: GPTQ needs multiples of 32; use compressed-tensors")
     exact = layer.scale.to(torch.float16).float() == layer.scale.float()
@@ -59,7 +61,9 @@ def gptq_tensors(layer: QLinear) -> dict[str, Tensor]:
     spec, n, k = layer.spec, layer.out_features, layer.in_features
     state = layer.portable()
     scale = state["weight_scale"]
-    zeros = torch.full((scale.shape[1], n), (1 << (spec.bits - 1)) - 1, dtype=torch.uint8, device=scale.device)  # zero - 1
+    zeros = torch.full(
+        (scale.shape[1], n), (1 << (spec.bits - 1)) - 1, dtype=torch.uint8, device=scale.device
+    )  # zero - 1
     width = k if spec.group_size == -1 else spec.group_size
     return {
         "qweight": state["weight_packed"].T.contiguous(),

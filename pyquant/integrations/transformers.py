@@ -74,7 +74,9 @@ def spec_of(quantization_config: dict[str, Any], where: str = "the checkpoint") 
     """
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"{where} is not loadable here: {what}; QLinear reads pack-quantized integer weights of 2..4 bits")
+        return ValueError(
+            f"{where} is not loadable here: {what}; QLinear reads pack-quantized integer weights of 2..4 bits"
+        )
 
     if quantization_config.get("format") != "pack-quantized":
         raise refuse(f"its format is {quantization_config.get('format')!r}")
@@ -219,7 +221,10 @@ class PyQuantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config, spec = self.quantization_config, self.quantization_config.spec
         if self.pre_quantized:
-            include, exclude = ["*"], [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and config.ignores(n)]
+            include, exclude = (
+                ["*"],
+                [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and config.ignores(n)],
+            )
             skip_experts = True  # a checkpoint is what it is: its experts load as they were saved
 
             def replace(name: str, linear: nn.Linear) -> nn.Module:
@@ -229,15 +234,23 @@ class PyQuantQuantizer(HfQuantizer):
             include, exclude, skip_experts = config.include, config.exclude, config.skip_experts
 
             def replace(name: str, linear: nn.Linear) -> nn.Module:
-                return linear  # keeps its weight until _Quantize has seen it: a key that the model lacks would be dropped
+                return (
+                    linear  # keeps its weight until _Quantize has seen it: a key that the model lacks would be dropped
+                )
 
         head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
-        tied = head and getattr(model.config, "tie_word_embeddings", False) and f"{head}.weight" in model.all_tied_weights_keys
+        tied = (
+            head
+            and getattr(model.config, "tie_word_embeddings", False)
+            and f"{head}.weight" in model.all_tied_weights_keys
+        )
         if tied and matches(head, include) and not matches(head, exclude):
             raise ValueError(f"{head} shares its weight with the embedding and cannot be quantized; exclude it")
         report = swap(model, spec, replace, include, exclude, skip_experts)
         self.targets = set(report.changed)
-        config.ignore = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in self.targets]
+        config.ignore = [
+            name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in self.targets
+        ]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -251,7 +264,9 @@ class PyQuantQuantizer(HfQuantizer):
                 continue
             for own, buffer in module.named_buffers():
                 if buffer.is_meta or not getattr(buffer, "_is_hf_initialized", False):
-                    raise ValueError(f"the checkpoint has no {name}.{own}, or quantizes other layers than its config says")
+                    raise ValueError(
+                        f"the checkpoint has no {name}.{own}, or quantizes other layers than its config says"
+                    )
             dtype = module.weight_scale.dtype
             try:
                 module.prepare()
@@ -289,7 +304,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     if not quantization:
         raise ValueError(f"{folder} is not quantized: its config.json has no quantization_config")
     if quantization.get("quant_method") != "compressed-tensors":
-        raise ValueError(f"{folder} is {quantization.get('quant_method')!r}; only compressed-tensors checkpoints load here")
+        raise ValueError(
+            f"{folder} is {quantization.get('quant_method')!r}; only compressed-tensors checkpoints load here"
+        )
     check_weights(folder)
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = PyQuantConfig.from_compressed_tensors(quantization, str(folder)).fields()
@@ -307,7 +324,9 @@ def from_folder(folder: Path, config: Any, dtype: str | torch.dtype, device: str
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(key) for key in info.get(kind) or ()):
-            raise ValueError(f"{folder}: {len(found)} {kind.replace('_', ' ')} such as {found[0]}; the weights do not fit the config")
+            raise ValueError(
+                f"{folder}: {len(found)} {kind.replace('_', ' ')} such as {found[0]}; the weights do not fit the config"
+            )
     return model.eval().to(device)
 
 
@@ -343,5 +362,7 @@ def load_causal_lm(
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             bad = int((~torch.isfinite(p)).sum())
-            raise ValueError(f"{folder}: {name} has {bad:,} NaN or Inf value(s) of {p.numel():,}; the checkpoint is damaged")
+            raise ValueError(
+                f"{folder}: {name} has {bad:,} NaN or Inf value(s) of {p.numel():,}; the checkpoint is damaged"
+            )
     return model.to(device), tokenizer

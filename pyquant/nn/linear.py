@@ -22,8 +22,8 @@ class QLinear(nn.Module):
 
     ``state_dict`` holds compressed-tensors' ``pack-quantized`` tensors, the form checkpoints have on disk:
     ``weight_packed`` int32 ``[N, ceil(K*bits/32)]``, ``weight_scale`` ``[N, ceil(K/G)]``, ``weight_shape`` int64 ``[2]``, for
-    asymmetric weights ``weight_zero_point`` int32 ``[ceil(N*bits/32), ceil(K/G)]``, and ``bias``. In memory they are replaced by the tiled
-    order of :mod:`pyquant.formats.int4` as soon as they are loaded.
+    asymmetric weights ``weight_zero_point`` int32 ``[ceil(N*bits/32), ceil(K/G)]``, and ``bias``. In memory they are
+    replaced by the tiled order of :mod:`pyquant.formats.int4` as soon as they are loaded.
 
     Args:
         in_features, out_features: K and N.
@@ -59,7 +59,11 @@ class QLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, spec: QuantSpec | None = None, rule: str = "minmax", scale_dtype: torch.dtype | None = None
+        cls,
+        linear: nn.Linear,
+        spec: QuantSpec | None = None,
+        rule: str = "minmax",
+        scale_dtype: torch.dtype | None = None,
     ) -> QLinear:
         """Quantize an ``nn.Linear`` by rounding to nearest.
 
@@ -103,9 +107,11 @@ class QLinear(nn.Module):
         return "qweight" in self._buffers
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]``; under autocast x is cast to the layer's dtype, as nn.Linear does."""
+        """``[..., in_features]`` to ``[..., out_features]``; under autocast x is cast to the layer's dtype."""
         if not self.prepared:
-            raise RuntimeError(f"{self} has no weight yet: load a state_dict, or call prepare() after filling its buffers")
+            raise RuntimeError(
+                f"{self} has no weight yet: load a state_dict, or call prepare() after filling its buffers"
+            )
         if x.dtype != self.scale.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.scale.dtype)
         return linear_w4a16(x, self.qweight, self.scale, self.zero, self.bias, self.out_features, self.spec.group_size)

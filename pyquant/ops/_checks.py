@@ -19,7 +19,10 @@ def check(condition: bool, message: str) -> None:
 
 def check_floats(op: str, name: str, t: Tensor) -> None:
     """t is bf16, fp16 or fp32 (fp64 passes too: the torch backend takes it)."""
-    check(t.dtype in FLOATS or t.dtype == torch.float64, f"{op}: {name} must be bfloat16, float16 or float32, not {t.dtype}")
+    check(
+        t.dtype in FLOATS or t.dtype == torch.float64,
+        f"{op}: {name} must be bfloat16, float16 or float32, not {t.dtype}",
+    )
 
 
 def check_device(op: str, first: Tensor, **others: Tensor | None) -> None:

@@ -137,7 +137,9 @@ def unavailable(backend: str, device: str) -> str | None:
         if isinstance(extension(), ImportError):
             return f"the extension is not built or does not load ({extension()})"
         capability = torch.cuda.get_device_capability()
-        return None if capability >= (8, 0) else f"the extension needs compute capability 8.0, this GPU has {capability}"
+        return (
+            None if capability >= (8, 0) else f"the extension needs compute capability 8.0, this GPU has {capability}"
+        )
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"

@@ -53,7 +53,9 @@ def _forward_torch(
     w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int, grad_scale: float = 1.0
 ) -> Tensor:
     _fake_quant_fake(w, scale, zero, group_size, bits)
-    return reference.fake_quant(w, scale, zero, group_size, bits).contiguous()  # a transposed w gives a transposed result
+    return reference.fake_quant(
+        w, scale, zero, group_size, bits
+    ).contiguous()  # a transposed w gives a transposed result
 
 
 def _backward_fake(

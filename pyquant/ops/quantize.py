@@ -107,14 +107,26 @@ def quantize_int4(w: Tensor, scale: Tensor, zero: Tensor | None = None, group_si
 
 
 def _dequantize_fake(
-    qweight: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, group_size: int, dtype: torch.dtype | None = None
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     check_tiled("dequantize_int4", qweight, scale, zero, n, k, group_size)
     return scale.new_empty((n, k), dtype=dtype or scale.dtype)
 
 
 def _dequantize_cuda(
-    qweight: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, group_size: int, dtype: torch.dtype | None = None
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     out = _dequantize_fake(qweight, scale, zero, n, k, group_size, dtype)
     extension().dequantize_int4(
@@ -125,7 +137,13 @@ def _dequantize_cuda(
 
 
 def _dequantize_triton(
-    qweight: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, group_size: int, dtype: torch.dtype | None = None
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     out = _dequantize_fake(qweight, scale, zero, n, k, group_size, dtype)
     kernels("quantize").dequantize_int4(out, qweight, scale, zero, group_size)
@@ -133,7 +151,13 @@ def _dequantize_triton(
 
 
 def _dequantize_torch(
-    qweight: Tensor, scale: Tensor, zero: Tensor | None, n: int, k: int, group_size: int, dtype: torch.dtype | None = None
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    n: int,
+    k: int,
+    group_size: int,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     _dequantize_fake(qweight, scale, zero, n, k, group_size, dtype)
     return reference.dequantize_int4(qweight, scale, zero, n, k, group_size, dtype)

@@ -51,7 +51,7 @@ def mse_range(
     Args, Returns:
         as :func:`minmax_range`; ``shrink`` and ``step`` set the grid of r.
     """
-    ratios = [1.0 - step * i for i in range(int(round((1.0 - shrink) / step)) + 1)]
+    ratios = [1.0 - step * i for i in range(round((1.0 - shrink) / step) + 1)]
     rows = max(1, _ROWS_AT_ONCE // max(1, w.shape[1]))
     parts = [_mse_rows(part, spec, dtype, ratios) for part in w.split(rows)]
     scale = torch.cat([s for s, _ in parts])

@@ -86,7 +86,9 @@ def kd_loss(
             f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must agree"
         )
     if student_logits.dim() != 3 or labels.shape != student_logits.shape[:2]:
-        raise ValueError(f"logits {tuple(student_logits.shape)} must be [B, T, V] with labels {tuple(labels.shape)} [B, T]")
+        raise ValueError(
+            f"logits {tuple(student_logits.shape)} must be [B, T, V] with labels {tuple(labels.shape)} [B, T]"
+        )
     target = labels[:, 1:]
     mask = (target != -100).float()
     count = mask.sum().clamp_min(1)
