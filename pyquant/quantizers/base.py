@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
 
-QUANTIZERS: dict[str, type[Quantizer]] = {}
+QUANTIZERS: dict[str, Callable[..., Quantizer]] = {}  # name -> class, called as (w, spec, rule)
 
 
 class Quantizer(nn.Module):
