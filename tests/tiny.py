@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # the models are too small for more, and waking threads costs more than the work
+
 VOCAB = 288
 HIDDEN = 64
 
