@@ -10,7 +10,7 @@ import torch
 
 from pyquant.integrations.train_demo import build_model, encode, save, train, train_tokenizer
 
-WORDS = "the old red fox sat by a river and saw seven small boats pass under that low bridge at noon in rain".split()
+WORDS = ["the", "old", "red", "fox", "sat", "by", "a", "river", "and", "saw", "seven", "small", "boats", "pass", "under", "that", "low", "bridge", "at", "noon", "in", "rain"]
 
 
 def tiny_text(sentences: int, seed: int = 0) -> str:
@@ -25,13 +25,13 @@ def tiny_text(sentences: int, seed: int = 0) -> str:
     return "\n".join(lines)
 
 
-def make_tiny_model(folder: Path, seed: int = 0, steps: int = 150) -> Path:
-    """A Llama trained for seconds: hidden 64, ffn 96 (every K a multiple of 32), 2 layers, tied embeddings."""
+def make_tiny_model(folder: Path, seed: int = 0, steps: int = 150, hidden: int = 64, ffn: int = 96) -> Path:
+    """A Llama trained for seconds: every K a multiple of 32, 2 layers, tied embeddings."""
     torch.set_num_threads(1)  # so small that threads only wait for each other
     torch.manual_seed(seed)
     text = tiny_text(1500, seed)
     tokenizer = train_tokenizer([text], 300)
-    model = build_model(len(tokenizer), hidden=64, ffn=96, layers=2)
+    model = build_model(len(tokenizer), hidden=hidden, ffn=ffn, layers=2)
     tokens = encode(tokenizer, [text])
     how = Namespace(steps=steps, batch=8, length=48, lr=5e-3, seed=seed, compile=False, log_every=10**9)
     train(model, tokens, tokens, how)
