@@ -1,0 +1,363 @@
+"""KD-QAT on transformers' Trainer: exact resume, Ctrl-C that saves, and errors that say what to do.
+
+Exact means bit by bit: a run that was killed and resumed ends in the same weights as one that was not. Each step is a function
+of the checkpoint: weights, optimizer and schedule, random generators, and a data order fixed by the seed. That needs
+deterministic algorithms: ``torch.use_deterministic_algorithms(True)`` during training, ``CUBLAS_WORKSPACE_CONFIG`` set when this
+module is imported (it counts from the first matrix product on), and on a GPU attention by FlashAttention, whose backward has a
+deterministic mode, or by plain math where that does not apply; the memory-efficient and cuDNN backends are left out. The
+promise holds on the same machine, with the same thread count and library versions.
+
+Training is in fp32 master weights, under bf16 autocast on a GPU; one process, one device. Everything saved is safetensors or
+JSON (see :mod:`pyquant.integrations.resume`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer_callback import PrinterCallback
+
+from pyquant.formats.spec import QuantSpec
+from pyquant.integrations import resume as disk
+from pyquant.nn.linear import FakeQuantLinear
+from pyquant.recipes.kd_qat import KDLoss, freeze, kd_loss, parameter_groups, prepare
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during training; the state after ``step`` steps is saved."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"interrupted after step {step}; the state is saved, resume continues from there")
+        self.step = step
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """How a KD-QAT run trains.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: windows a forward pass; ``batch_size * grad_accum`` make a step.
+        seq_len: tokens a window.
+        grad_accum: forward passes a step.
+        lr, scale_lr: peak learning rates of weights, and of scales and zeros.
+        weight_decay: of matrices; AdamW with betas 0.9 and 0.999.
+        warmup_steps: linear warm-up.
+        schedule: after it, ``cosine`` or ``linear`` to 0, or ``constant_with_warmup``.
+        bf16: autocast; None means on a GPU.
+        save_steps: a checkpoint every so many steps, and at the end.
+        seed: of the data order and of dropout.
+        max_grad_norm: clipping; 0 turns it off.
+        freeze: ov-freeze, patterns of layers that are snapped and frozen; ``("v_proj", "o_proj")`` is the paper's.
+        freeze_at: the step before which that happens; 0 is before training.
+        loss: weights and temperature.
+        quantizer, rule, include, exclude: as :func:`pyquant.recipes.kd_qat.prepare`.
+        gradient_checkpointing: less memory, about a third more time.
+
+    Raises:
+        ValueError: for values that cannot be.
+    """
+
+    steps: int = 1000
+    batch_size: int = 8
+    seq_len: int = 512
+    grad_accum: int = 1
+    lr: float = 2e-5
+    scale_lr: float = 2e-5
+    weight_decay: float = 0.0
+    warmup_steps: int = 20
+    schedule: str = "cosine"
+    bf16: bool | None = None
+    save_steps: int = 100
+    seed: int = 0
+    max_grad_norm: float = 1.0
+    freeze: tuple[str, ...] = ()
+    freeze_at: int = 0
+    loss: KDLoss = field(default_factory=KDLoss)
+    quantizer: str = "lsq"
+    rule: str = "mse"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ("lm_head",)
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "grad_accum", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "scale_lr", "weight_decay", "warmup_steps", "max_grad_norm", "freeze_at"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.seq_len < 2:
+            raise ValueError(f"seq_len={self.seq_len} must be at least 2")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+def train_kd(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokens: Tensor,
+    config: KDConfig,
+    spec: QuantSpec,
+    work_dir: str | Path,
+    resume: bool = False,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Prepare a student and train it against its teacher.
+
+    Args:
+        student: a full-precision causal LM; cast to fp32 and changed in place. It is left with
+            :class:`~pyquant.nn.FakeQuantLinear` layers and the final weights.
+        teacher: the model to follow; put in eval mode, never changed. Not the same object as the student.
+        tokens: int64 ``[n, seq_len]``; visited in a new random order each time round.
+        config: how to train.
+        spec: bits (2..4), group size, symmetry.
+        work_dir: where checkpoints go. The last two are kept.
+        resume: continue from the last complete checkpoint of ``work_dir``, or start if there is none.
+        on_log: called after every step with ``{"step", "loss", "kl", "ce", "lr", "seconds"}``.
+
+    Returns:
+        the log of every step from the first, those before a resume included (without "seconds").
+
+    Raises:
+        ValueError: tokens that do not fit, a quantized student, a spec or pattern that fits nothing, or (with ``resume``) inputs
+            that differ from the run in ``work_dir``, named.
+        FileExistsError: ``work_dir`` holds a run and ``resume`` is False.
+        FloatingPointError: the loss is NaN or Inf; the message has the step.
+        RuntimeError: out of GPU memory; the message says what to lower.
+        OSError: the disk is full while saving; the last complete checkpoint is whole.
+        Interrupted: Ctrl-C, after the step was finished and saved. A second Ctrl-C stops at once.
+    """
+    work_dir = Path(work_dir)
+    _check_inputs(student, teacher, tokens, config)
+    student.float()
+    fingerprint = disk.fingerprint(student, teacher, tokens, config, spec)
+    last = disk.open_run(work_dir, fingerprint, resume)
+    torch.manual_seed(config.seed)
+    prepare(student, spec, config.quantizer, config.rule, config.include, config.exclude)
+    if config.freeze and config.freeze_at == 0:
+        freeze(student, config.freeze)  # before the optimizer is made: frozen layers are not part of it
+    if last is not None and disk.read_state(last)["step"] >= config.steps:
+        return disk.load_student(last, student)
+    with _deterministic(), _sigint() as interrupted:
+        trainer = _KDTrainer(student, teacher, tokens, config, work_dir, interrupted, on_log)
+        try:
+            if config.gradient_checkpointing:
+                student.gradient_checkpointing_enable()
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                f"out of GPU memory at step {trainer.state.global_step + 1} with batch_size={config.batch_size}, "
+                f"seq_len={config.seq_len}: lower batch_size (and raise grad_accum={config.grad_accum} by as much), lower seq_len, "
+                f"or set gradient_checkpointing (now {config.gradient_checkpointing})"
+            ) from error
+        finally:
+            if config.gradient_checkpointing:
+                student.gradient_checkpointing_disable()
+        step = trainer.state.global_step
+    student.zero_grad()
+    if interrupted.set and step < config.steps:
+        raise Interrupted(step)
+    return trainer.history
+
+
+def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: KDConfig) -> None:
+    if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] != config.seq_len or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be int64 [n >= 1, seq_len={config.seq_len}], got {tokens.dtype} {tuple(tokens.shape)}")
+    if student is teacher:
+        raise ValueError("student and teacher are the same object; load the model twice or deepcopy it")
+    if any(isinstance(m, FakeQuantLinear) for m in student.modules()) or getattr(student, "hf_quantizer", None) is not None:
+        raise ValueError("the student is already quantized; give the full-precision model")
+    vocab = student.get_input_embeddings().num_embeddings
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
+        raise ValueError(f"tokens reach {int(tokens.max())}, the student's vocabulary has {vocab}: another tokenizer's?")
+    positions = getattr(student.config, "max_position_embeddings", None)
+    if positions and config.seq_len > positions:
+        raise ValueError(f"seq_len={config.seq_len} is more than the {positions} positions of the model")
+    if config.freeze_at >= config.steps and config.freeze:
+        raise ValueError(f"freeze_at={config.freeze_at} is never reached in {config.steps} steps")
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads empty memory
+    try:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def _sigint() -> Iterator[SimpleNamespace]:
+    """The first Ctrl-C sets ``.set``; a second one interrupts at once. Signals belong to the main thread."""
+    flag = SimpleNamespace(set=False)
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def handle(*_: Any) -> None:
+        flag.set = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Plan(Dataset):
+    """Every window of the whole run, in order: permutation after permutation of the tokens, drawn from the seed."""
+
+    def __init__(self, tokens: Tensor, count: int, seed: int) -> None:
+        self.tokens = tokens
+        generator = torch.Generator().manual_seed(seed)
+        rounds = -(-count // len(tokens))
+        self.order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])[:count]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        window = self.tokens[self.order[i]]
+        return {"input_ids": window, "labels": window}
+
+
+class _Steps(TrainerCallback):
+    """Freezes on time, writes the log, and turns Ctrl-C into a saved stop."""
+
+    def __init__(self, trainer: _KDTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.trainer
+        run.parts.clear()
+        run.lr = run.optimizer.param_groups[0]["lr"]
+        if run.config.freeze and state.global_step == run.config.freeze_at > 0:
+            freeze(run.model, run.config.freeze)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        run = self.trainer
+        mean = torch.stack(run.parts).mean(0).tolist()
+        row = {"step": state.global_step, **dict(zip(("loss", "kl", "ce"), mean, strict=True)), "lr": run.lr}
+        run.history.append(row)
+        if run.on_log is not None:
+            run.on_log({**row, "seconds": time.monotonic() - run.started})
+        if run.interrupted.set:
+            control.should_save = control.should_training_stop = True
+        control.should_save |= state.global_step == run.config.steps
+
+
+class _KDTrainer(Trainer):
+    """The loss of :func:`pyquant.recipes.kd_qat.kd_loss`, and checkpoints of our own making."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        tokens: Tensor,
+        config: KDConfig,
+        work_dir: Path,
+        interrupted: SimpleNamespace,
+        on_log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        on_gpu = next(student.parameters()).device.type == "cuda"
+        args = TrainingArguments(
+            output_dir=str(work_dir),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.grad_accum,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            save_strategy="steps",
+            save_steps=config.save_steps,
+            logging_strategy="no",
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=on_gpu,
+            use_cpu=not on_gpu,
+        )
+        args._n_gpu = min(args.n_gpu, 1)  # never DataParallel
+        if args.world_size > 1:
+            raise ValueError(f"training runs in one process, not {args.world_size}")
+        self.config, self.interrupted, self.on_log = config, interrupted, on_log
+        self.history: list[dict[str, Any]] = []
+        self.parts: list[Tensor] = []
+        self.started = time.monotonic()
+        student.to(args.device)
+        self.teacher = teacher.to(args.device).eval()
+        groups = parameter_groups(student, config.lr, config.scale_lr, config.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        warmup = min(config.warmup_steps, config.steps)
+        scheduler = get_scheduler(config.schedule, optimizer, warmup, config.steps)
+        plan = _Plan(tokens, config.steps * config.batch_size * config.grad_accum, config.seed)
+        super().__init__(model=student, args=args, train_dataset=plan, optimizers=(optimizer, scheduler))
+        self.model_accepts_loss_kwargs = False  # our loss is a mean per batch: divided by grad_accum
+        self.autocast = (
+            torch.autocast(args.device.type, torch.bfloat16) if (on_gpu if config.bf16 is None else config.bf16) else None
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Steps(self))
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        with self.autocast or contextlib.nullcontext():
+            with torch.no_grad():
+                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
+            outputs = model(input_ids=ids, use_cache=False)
+        loss, parts = kd_loss(outputs.logits, teacher_logits, labels, self.config.loss)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} (kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
+                f"lower lr={self.config.lr} or scale_lr={self.config.scale_lr}"
+            )
+        self.parts.append(torch.stack([loss.detach(), parts["kl"], parts["ce"]]))
+        return (loss, outputs) if return_outputs else loss
+
+    # The Trainer's own checkpoints are pickles; these four hooks write and read ours instead.
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        disk.save(Path(self.args.output_dir), self.state, self.model, self.optimizer, self.history)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self.history[:] = disk.load_student(Path(resume_from_checkpoint), self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
+        if checkpoint is not None:
+            disk.load_optimizer(Path(checkpoint), self.optimizer)
+            self.lr_scheduler.last_epoch = self.lr_scheduler._step_count = disk.read_state(Path(checkpoint))["step"]
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_rng_state(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
+        if checkpoint is not None:
+            disk.load_rng(Path(checkpoint))
