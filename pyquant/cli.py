@@ -99,6 +99,9 @@ class Progress:
         self.stage, self.printed = "", 0.0
 
     def __enter__(self) -> Progress:
+        from pyquant.integrations.machine import quiet
+
+        quiet()
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -332,7 +335,8 @@ def generate(
     from pyquant.integrations.commands import generate as run
     from pyquant.integrations.commands import load_any, token_streamer
 
-    loaded, tokenizer, _ = load_any(model, device, dtype)
+    with Progress():
+        loaded, tokenizer, _ = load_any(model, device, dtype)
     streamer = token_streamer(tokenizer) if sys.stdout.isatty() else None
     text = run(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
     if streamer is None:
@@ -349,7 +353,8 @@ def export(
     """Write a quantized folder in another format; the weights stay the same."""
     from pyquant.integrations.commands import reexport
 
-    info = reexport(model, out, file_format, overwrite)
+    with Progress():
+        info = reexport(model, out, file_format, overwrite)
     typer.echo(f"{out}: {len(info.files)} files, {info.bytes / 1e6:.1f} MB")
     if info.note:
         typer.echo(info.note)

@@ -33,14 +33,14 @@ class KDSettings(BaseModel):
     batch_size: int = Field(8, ge=1)
     seq_len: int = Field(512, ge=2)
     grad_accum: int = Field(1, ge=1)
-    lr: float = Field(1e-5, gt=0)
-    scale_lr: float = Field(1e-4, gt=0)
+    lr: float = Field(2e-5, ge=0)
+    scale_lr: float = Field(2e-5, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(20, ge=0)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     bf16: bool | None = None
     save_steps: int = Field(100, ge=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0)
     freeze: tuple[str, ...] = ()
     freeze_at: int = Field(0, ge=0)
     kl: float = Field(0.5, ge=0)

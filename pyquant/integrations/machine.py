@@ -15,6 +15,12 @@ import pyquant
 LONGEST_WINDOW = 2048  # tokens of an evaluation window when nothing is asked for and the model could take more
 
 
+def quiet() -> None:
+    """No progress bars and remarks of transformers between ours."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def pick_device(name: str) -> str:
     """``auto`` to the GPU if torch sees one.
 

@@ -117,6 +117,8 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     work = Work(config)
     if config.format == "gptq" and not config.symmetric:
         raise ValueError("format gptq holds symmetric weights only; asymmetric ones need compressed-tensors")
+    if config.recipe == "kd-qat" and config.kd.freeze and config.kd.freeze_at >= config.kd.steps:
+        raise ValueError(f"kd.freeze_at={config.kd.freeze_at} is never reached in kd.steps={config.kd.steps}")
     if config.recipe == "kd-qat" and config.calibration is None:
         raise ValueError("recipe kd-qat trains on text: give a calibration file (--calibration)")
     sources = {source: load_text(source, skip_chars=config.eval_skip_chars) for source in config.eval}
@@ -269,7 +271,8 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     """The trainer's configuration of a run."""
     fields = config.kd.model_dump()
     loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
-    return KDConfig(**fields, loss=loss, rule=config.range, seed=config.seed)
+    chosen = {"include": config.include, "exclude": config.exclude}
+    return KDConfig(**fields, **chosen, loss=loss, rule=config.range, seed=config.seed)
 
 
 def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> None:

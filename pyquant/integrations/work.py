@@ -67,8 +67,7 @@ class Work:
 
     def close_after_failure(self) -> bool:
         """Drop the folder unless it holds something that a resumed run would use; returns whether it was kept."""
-        checkpoints = self.path / TRAINER
-        worth = (self.path / EVALUATIONS).is_file() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        worth = (self.path / EVALUATIONS).is_file() or any((self.path / TRAINER).glob("checkpoint-*"))
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         if not worth:
             shutil.rmtree(self.path, ignore_errors=True)
