@@ -298,6 +298,15 @@ def make_fake_quant(
     return w, scale, zero, make_x(case.n, case.k, case.layout, dtype, device)
 
 
+def division_boundaries(device: str) -> tuple[Tensor, Tensor]:
+    """(w, scale): quotients on the boundaries between codes and one ulp beside them: only IEEE division gets all right."""
+    scale = torch.exp2(torch.rand(256, 1, device=device) * 10 - 8)
+    boundary = torch.arange(-7, 7, device=device) + 0.5
+    w = (boundary.double() * scale.double()).float()
+    far = torch.tensor(9e9, device=device)
+    return torch.cat([w, w.nextafter(far), w.nextafter(-far)], 1), scale
+
+
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Lowest and highest code."""
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if symmetric else (0, (1 << bits) - 1)

@@ -99,13 +99,7 @@ def test_quantize_rounds_half_to_even_and_clamps(backend):
 
 
 def test_quantize_divides_exactly(backend):
-    """Quotients one ulp beside a boundary: a multiplication by 1 / scale, or a fast division, gets some wrong."""
-    scale = torch.exp2(torch.rand(256, 1, device=backend[1]) * 10 - 8)
-    boundary = torch.arange(-7, 7, device=backend[1]) + 0.5
-    w = (boundary.double() * scale.double()).float()
-    w = torch.cat(
-        [w, w.nextafter(torch.tensor(9e9, device=w.device)), w.nextafter(torch.tensor(-9e9, device=w.device))], 1
-    )
+    w, scale = cases.division_boundaries(backend[1])
     want = codes_by_definition(w, scale, None, -1, 4)
     assert torch.equal(ops.quantize_int4(w, scale), int4.tile_codes(want))
     by_reciprocal = ((w * (1 / scale)).round().clamp(-8, 7) + 8).to(torch.uint8)

@@ -87,6 +87,12 @@ def test_quantize_rounds_half_to_even_and_clamps():
     assert (int4.untile_codes(ops.quantize_int4(w, torch.ones(1, 1)), 1, 12).int() - 8).tolist() == [want]
 
 
+def test_divides_exactly():
+    w, scale = cases.division_boundaries("cpu")
+    assert torch.equal(ops.quantize_int4(w, scale), reference.quantize_int4(w, scale, None, -1, 4))
+    assert torch.equal(ops.fake_quant(w, scale), reference.fake_quant(w, scale, None, -1, 4))
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
