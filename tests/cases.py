@@ -228,7 +228,8 @@ def want_product(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, 
     * fp32 sums: each of K additions is off by at most 2^-23 of a partial sum (tensor cores truncate), and a partial sum
       of K random terms stays below about 4 l2, where l2 = sqrt(sum x^2 w^2); sums in fewer, longer steps err less;
     * a weight rounded to 16 bits, where the kernel does that: K independent errors of at most u |x w|, of deviation
-      u / sqrt(3) |x w|, so six deviations of their sum are 6 u / sqrt(3) l2.
+      u / sqrt(3) |x w|, so six deviations of their sum are 6 u / sqrt(3) l2. That kernel is cuBLAS, which torch by
+      default allows to add the parts of a split K in 16 bits: one more rounding of a partial sum, at most u * 4 l2.
     """
     x, w, k = x.double(), w.double(), x.shape[1]
     value = x @ w.T
@@ -237,7 +238,7 @@ def want_product(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, 
         value = value + bias.double()
     u = unit_roundoff(dtype)
     sums = 2 * U32 * k * 4 * (l2 if bias is None else l2 + bias.double().abs())
-    worst = u * value.abs() + sums + (6 * u / 3**0.5 * l2 if rounded_weight else 0)
+    worst = u * value.abs() + sums + ((6 / 3**0.5 + 4) * u * l2 if rounded_weight else 0)
     # RMS: every term at its deviation instead of its extreme; roundings are at most u of what they round, and
     # |y| and l2 are equal in the mean over random inputs (3: a row with few columns may be far from the mean).
     rms = u + 2 * U32 * k**0.5 + (3 * u if rounded_weight else 0)
@@ -316,7 +317,7 @@ def fake_quant_formula(w: Tensor, scale: Tensor, zero: Tensor | None, group_size
     """fake_quant in fp64 whose autograd gradients are the straight-through ones.
 
     Clamp first, then round with a gradient of one: equal to round, then clamp, as the ends of the range are integers.
-    The quotient w / scale is taken in fp32 when w and scale are 32 bits or narrower, as the op does, so that values
+    With a zero the value is taken from round(v) + zero, as ties go to even there and an odd zero moves them. The quotient w / scale is taken in fp32 when w and scale are 32 bits or narrower, as the op does, so that values
     next to a rounding boundary fall on the same side.
     """
     k = w.shape[1]
@@ -330,7 +331,8 @@ def fake_quant_formula(w: Tensor, scale: Tensor, zero: Tensor | None, group_size
     z = zero.double()
     z = z + (z.round().clamp(low, high) - z).detach()
     z = int4.expand_groups(z, k, group_size)
-    return (_round((v + z).clamp(low, high)) - z) * s
+    smooth = _round((v + z).clamp(low, high))
+    return (smooth + ((v.round() + z).clamp(low, high) - smooth).detach() - z) * s
 
 
 def _round(v: Tensor) -> Tensor:
