@@ -58,8 +58,13 @@ def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **route)
     assert not any(isinstance(m, QLinear) for m in theirs.modules())
     dequantize_model(model)
-    difference = (probe_logits(theirs, TOKENS) - probe_logits(model, TOKENS)).abs().max()
-    assert difference == 0 and expected.abs().max() > 1
+    if spec.symmetric or transformers.__version__.startswith("5.17."):
+        difference = (probe_logits(theirs, TOKENS) - probe_logits(model, TOKENS)).abs().max()
+        assert difference == 0 and expected.abs().max() > 1
+    else:  # dequantize=True of 5.23 rounds w_hat to the file's dtype on the way to fp32
+        for name, layer in model.named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                assert torch.equal(theirs.get_submodule(name).weight, layer.weight.bfloat16().float()), name
     if not spec.symmetric:  # without the option it loads right or not at all, as the note says
         try:
             default = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
