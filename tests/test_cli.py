@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import make_tiny_model, tiny_text
+from trained import make_tiny_model, tiny_text
 from typer.testing import CliRunner
 
 from pyquant.cli import app
