@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import subprocess
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -43,7 +44,7 @@ def format(facts: dict[str, Any]) -> str:
     lines += [f"  {name:<20} {version or 'not installed'}" for name, version in facts["packages"].items()]
 
     gpu = facts["gpu"]
-    driver = f" (driver supports CUDA {gpu['driver_cuda']})" if gpu["driver_cuda"] else ""
+    driver = f" (driver {gpu['driver']})" if gpu["driver"] else ""
     lines += ["", f"GPU: {gpu['why']}{driver}"]
     lines += [
         f"  cuda:{device['index']:<15} {device['name']}, compute capability {device['capability']}, "
@@ -70,16 +71,14 @@ def _version(distribution: str) -> str | None:
 
 def _gpu() -> dict[str, Any]:
     """Devices as torch sees them, and the reason where it sees none."""
-    found: dict[str, Any] = {"available": torch.cuda.is_available(), "why": "", "driver_cuda": None, "devices": []}
+    found: dict[str, Any] = {"available": torch.cuda.is_available(), "why": "", "driver": None, "devices": []}
     if torch.version.cuda is None and torch.version.hip is None:
         found["why"] = "none usable: this build of torch is for the CPU only"
         return found
     if not found["available"]:
         found["why"] = "none usable: torch finds no GPU, or no driver new enough for it"
         return found
-    if torch.version.cuda is not None:
-        number = torch._C._cuda_getDriverVersion()  # 13000 for 13.0; torch has no public name for it
-        found["driver_cuda"] = f"{number // 1000}.{number % 1000 // 10}"
+    found["driver"] = _driver()
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         found["devices"].append(
@@ -92,6 +91,16 @@ def _gpu() -> dict[str, Any]:
         )
     found["why"] = f"{len(found['devices'])} found"
     return found
+
+
+def _driver() -> str | None:
+    """Version of the NVIDIA driver, as its own tool tells it; torch has no public name for it."""
+    ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
 
 
 def _extension(gpu: dict[str, Any]) -> dict[str, Any]:

@@ -84,8 +84,13 @@ def test_gptq_is_read_back_exactly(source, tmp_path, spec):
     prefix = "model.layers.0.self_attn.q_proj."
     state = layer.portable()
     assert torch.equal(tensors[prefix + "qweight"], state["weight_packed"].T)
-    assert torch.equal(tensors[prefix + "scales"].float(), state["weight_scale"].T) and tensors[prefix + "scales"].dtype == torch.float16
-    word = {4: 0x77777777, 3: 0b11_011_011_011_011_011_011_011_011_011_011, 2: 0x55555555}[spec.bits]  # zero - 1, packed
+    assert (
+        torch.equal(tensors[prefix + "scales"].float(), state["weight_scale"].T)
+        and tensors[prefix + "scales"].dtype == torch.float16
+    )
+    word = {4: 0x77777777, 3: 0b11_011_011_011_011_011_011_011_011_011_011, 2: 0x55555555}[
+        spec.bits
+    ]  # zero - 1, packed
     assert tensors[prefix + "qzeros"].flatten()[0].item() & 0xFFFFFFFF == word & 0xFFFFFFFF
     width = 64 if spec.group_size == -1 else spec.group_size
     assert tensors[prefix + "g_idx"].tolist() == [k // width for k in range(64)]
@@ -97,14 +102,18 @@ def test_gptq_is_read_back_exactly(source, tmp_path, spec):
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(3, 32), QuantSpec(2, 32)], ids=str)
 def test_gptqmodel_holds_the_same_weights(source, tmp_path, spec):
     pytest.importorskip("gptqmodel", reason="needs the package gptqmodel")
-    model, tokenizer = quantized(source, spec, torch.float16, scale_dtype=torch.float16, exclude=["lm_head", "layers.0.*.up_proj"])
+    model, tokenizer = quantized(
+        source, spec, torch.float16, scale_dtype=torch.float16, exclude=["lm_head", "layers.0.*.up_proj"]
+    )
     export(model, tokenizer, source, tmp_path / "out", spec, "gptq")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16, device_map="cpu")
     seen = 0
     for name, layer in theirs.named_modules():
         if hasattr(layer, "dequantize_weight"):
             seen += 1
-            assert torch.equal(layer.dequantize_weight().T.half(), model.get_submodule(name).dequantize(torch.float16)), name
+            assert torch.equal(
+                layer.dequantize_weight().T.half(), model.get_submodule(name).dequantize(torch.float16)
+            ), name
     assert seen == 13
 
 
@@ -245,7 +254,12 @@ def test_what_is_no_export_is_not_overwritten(source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     (tmp_path / "file").write_text("x")
-    for target, message in [("mine", "no model folder"), ("file", "no model folder"), ("fp", "holds the source"), (".", "holds the source")]:
+    for target, message in [
+        ("mine", "no model folder"),
+        ("file", "no model folder"),
+        ("fp", "holds the source"),
+        (".", "holds the source"),
+    ]:
         with pytest.raises(FileExistsError, match=message):
             export(model, tokenizer, source, tmp_path / target, SPEC, overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and (source / "config.json").is_file()

@@ -123,7 +123,9 @@ def test_groups_cover_each_parameter_once():
     by_id = {id(p): n for n, p in model.named_parameters()}
     found = {n: sorted(by_id[id(p)] for p in g["params"]) for n, g in groups.items()}
     assert sorted(sum(found.values(), [])) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
-    assert all(n.endswith(("quantizer.scale", "quantizer.zero")) for n in found["scales"]) and len(found["scales"]) == 26
+    assert (
+        all(n.endswith(("quantizer.scale", "quantizer.zero")) for n in found["scales"]) and len(found["scales"]) == 26
+    )
     assert all("norm" in n or n.endswith("bias") for n in found["vectors"])
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(model.requires_grad_(False), 1e-3, 1e-4, 0.0)

@@ -25,7 +25,15 @@ from pyquant.recipes.kd_qat import KDLoss, convert, freeze, prepare
 
 SPEC = QuantSpec(3, 32)
 CONFIG = KDConfig(
-    steps=12, batch_size=3, seq_len=16, grad_accum=2, lr=2e-3, scale_lr=1e-3, warmup_steps=2, save_steps=3, weight_decay=0.01
+    steps=12,
+    batch_size=3,
+    seq_len=16,
+    grad_accum=2,
+    lr=2e-3,
+    scale_lr=1e-3,
+    warmup_steps=2,
+    save_steps=3,
+    weight_decay=0.01,
 )
 
 
@@ -33,7 +41,9 @@ def run(work_dir: Path, config: KDConfig = CONFIG, resume: bool = False, **kwarg
     """A run on the tiny model, with dropout so that the random generators matter: (student, history)."""
     teacher = tiny_llama()
     student = tiny_llama(attention_dropout=0.1)
-    history = train_kd(student, teacher, kwargs.pop("tokens", learnable_tokens()), config, SPEC, work_dir, resume, **kwargs)
+    history = train_kd(
+        student, teacher, kwargs.pop("tokens", learnable_tokens()), config, SPEC, work_dir, resume, **kwargs
+    )
     return student, history
 
 
@@ -149,7 +159,10 @@ def test_freeze_in_the_middle_resumes_bit_exact(tmp_path, stop, quantizer):
     student, resumed = run(tmp_path / "cut", config, resume=True)
     assert resumed == history
     assert_same(student, straight)
-    assert sorted(n.split(".")[-1] for n, m in student.named_modules() if getattr(m, "frozen", False)) == ["o_proj"] * 2 + ["v_proj"] * 2
+    assert (
+        sorted(n.split(".")[-1] for n, m in student.named_modules() if getattr(m, "frozen", False))
+        == ["o_proj"] * 2 + ["v_proj"] * 2
+    )
 
 
 def test_ov_freeze_keeps_snapped_weights_and_deploys_them(tmp_path):
@@ -235,7 +248,9 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr("pyquant.integrations.trainer.kd_loss", full)
-    with pytest.raises(RuntimeError, match=r"step 1 with batch_size=3, seq_len=16: lower batch_size.*gradient_checkpointing"):
+    with pytest.raises(
+        RuntimeError, match=r"step 1 with batch_size=3, seq_len=16: lower batch_size.*gradient_checkpointing"
+    ):
         run(tmp_path)
 
 
@@ -302,7 +317,10 @@ def test_resumed_state_matters(tmp_path, whole):
         run(tmp_path, on_log=interrupt_at(6))
     checkpoint = tmp_path / "checkpoint-6"
     tensors = disk.load_file(checkpoint / "optimizer.safetensors")
-    disk.save_file({k: torch.zeros_like(t) if "exp_avg" in k else t for k, t in tensors.items()}, checkpoint / "optimizer.safetensors")
+    disk.save_file(
+        {k: torch.zeros_like(t) if "exp_avg" in k else t for k, t in tensors.items()},
+        checkpoint / "optimizer.safetensors",
+    )
     sizes = {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.name != "manifest.json"}
     (checkpoint / "manifest.json").write_text(json.dumps(sizes))
     student, _ = run(tmp_path, resume=True)

@@ -17,7 +17,13 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, MixtralCon
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations import transformers as plugin
 from pyquant.integrations.evaluate import probe_logits
-from pyquant.integrations.transformers import PyQuantConfig, compressed_tensors_config, load_causal_lm, load_model, spec_of
+from pyquant.integrations.transformers import (
+    PyQuantConfig,
+    compressed_tensors_config,
+    load_causal_lm,
+    load_model,
+    spec_of,
+)
 from pyquant.nn import QLinear
 from pyquant.recipes.rtn import rtn
 
@@ -33,7 +39,9 @@ def layers(model: nn.Module) -> int:
     return sum(isinstance(m, QLinear) for m in model.modules())
 
 
-@pytest.mark.parametrize("fields", [{}, {"bits": 3, "group_size": -1}, {"bits": 2, "symmetric": False, "rule": "mse"}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"bits": 3, "group_size": -1}, {"bits": 2, "symmetric": False, "rule": "mse"}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
 def test_on_the_fly_is_rtn_and_survives_saving(tmp_path, fields, dtype, bias):
@@ -241,12 +249,24 @@ def cut(folder: Path) -> None:
         (lambda d: (d / "model.safetensors").write_bytes(b""), ValueError, r"model\.safetensors is damaged"),
         (lambda d: (d / "model.safetensors").unlink(), ValueError, "has no weights"),
         (only_pickles, ValueError, r"pickles only \(pytorch_model\.bin\)"),
-        (lambda d: break_config(d, quantization_config={"quant_method": "gptq"}), ValueError, r"already quantized \(gptq\)"),
-        (lambda d: break_config(d, architectures=["LlamaForSequenceClassification"]), ValueError, "is a LlamaForSequenceClass"),
+        (
+            lambda d: break_config(d, quantization_config={"quant_method": "gptq"}),
+            ValueError,
+            r"already quantized \(gptq\)",
+        ),
+        (
+            lambda d: break_config(d, architectures=["LlamaForSequenceClassification"]),
+            ValueError,
+            "is a LlamaForSequenceClass",
+        ),
         (lambda d: break_config(d, model_type="martian"), ValueError, "not a causal language model.*'martian'"),
         (lambda d: poison(d, math.nan), ValueError, r"model\.layers\.1\.mlp\.down_proj\.weight has 3 NaN or Inf"),
         (lambda d: poison(d, math.inf), ValueError, "3 NaN or Inf"),
-        (lambda d: edit(d, lambda t: t.pop("model.norm.weight")), ValueError, r"1 missing keys such as model\.norm\.weight"),
+        (
+            lambda d: edit(d, lambda t: t.pop("model.norm.weight")),
+            ValueError,
+            r"1 missing keys such as model\.norm\.weight",
+        ),
         (lambda d: break_config(d, intermediate_size=64), ValueError, "6 mismatched keys.*do not fit the config"),
         (lambda d: [p.unlink() for p in d.glob("tokenizer*")], ValueError, "has no usable tokenizer"),
     ],
@@ -264,7 +284,9 @@ def test_missing_paths_and_other_models_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is a file; give the folder"):
         load_causal_lm(tmp_path / "file")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no such repo")))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("no such repo"))
+    )
     with pytest.raises(FileNotFoundError, match="org/nothing is no folder here and the Hugging Face Hub.*no such repo"):
         load_causal_lm("org/nothing")
     BertModel(BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, vocab_size=32)).save_pretrained(tmp_path / "bert")  # fmt: skip

@@ -181,14 +181,21 @@ def train_kd(
 
 def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: KDConfig) -> None:
     if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] != config.seq_len or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens must be int64 [n >= 1, seq_len={config.seq_len}], got {tokens.dtype} {tuple(tokens.shape)}")
+        raise ValueError(
+            f"tokens must be int64 [n >= 1, seq_len={config.seq_len}], got {tokens.dtype} {tuple(tokens.shape)}"
+        )
     if student is teacher:
         raise ValueError("student and teacher are the same object; load the model twice or deepcopy it")
-    if any(isinstance(m, FakeQuantLinear) for m in student.modules()) or getattr(student, "hf_quantizer", None) is not None:
+    if (
+        any(isinstance(m, FakeQuantLinear) for m in student.modules())
+        or getattr(student, "hf_quantizer", None) is not None
+    ):
         raise ValueError("the student is already quantized; give the full-precision model")
     vocab = student.get_input_embeddings().num_embeddings
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
-        raise ValueError(f"tokens reach {int(tokens.max())}, the student's vocabulary has {vocab}: another tokenizer's?")
+        raise ValueError(
+            f"tokens reach {int(tokens.max())}, the student's vocabulary has {vocab}: another tokenizer's?"
+        )
     positions = getattr(student.config, "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         raise ValueError(f"seq_len={config.seq_len} is more than the {positions} positions of the model")
@@ -319,7 +326,9 @@ class _KDTrainer(Trainer):
         super().__init__(model=student, args=args, train_dataset=plan, optimizers=(optimizer, scheduler))
         self.model_accepts_loss_kwargs = False  # our loss is a mean per batch: divided by grad_accum
         self.autocast = (
-            torch.autocast(args.device.type, torch.bfloat16) if (on_gpu if config.bf16 is None else config.bf16) else None
+            torch.autocast(args.device.type, torch.bfloat16)
+            if (on_gpu if config.bf16 is None else config.bf16)
+            else None
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Steps(self))
