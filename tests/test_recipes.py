@@ -129,7 +129,9 @@ def test_groups_cover_each_parameter_once():
     ]  # fmt: skip
     by_id = {id(p): n for n, p in model.named_parameters()}
     found = {n: sorted(by_id[id(p)] for p in g["params"]) for n, g in groups.items()}
-    assert sorted(sum(found.values(), [])) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    assert sorted(name for names in found.values() for name in names) == sorted(
+        n for n, p in model.named_parameters() if p.requires_grad
+    )
     assert all(n.endswith(("quantizer.scale", "quantizer.zero")) for n in found["scales"])
     assert len(found["scales"]) == 26
     assert all("norm" in n or n.endswith("bias") for n in found["vectors"])

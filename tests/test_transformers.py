@@ -182,7 +182,7 @@ def edit(folder: Path, change) -> None:
     [
         (lambda t: t.pop(UP + "weight_scale"), r"no model\.layers\.0\.mlp\.up_proj\.weight_scale"),
         (lambda t: t.update({UP + "weight_shape": torch.tensor([64, 96])}), r"up_proj: weight_shape \[64, 96\]"),
-        (lambda t: t.update({UP + "weight_scale": torch.ones(96, 1)}), r"scale has shape \(96, 1\)|no .*up_proj\.weight_scale"),
+        (lambda t: t.update({UP + "weight_scale": torch.ones(96, 1)}), r"\(96, 1\)|no .*up_proj\.weight_scale"),
         (lambda t: t.pop("model.norm.weight"), r"1 missing keys such as model\.norm\.weight"),
         (lambda t: t.update({"model.embed_tokens.weight": torch.ones(100, 64)}), r"embed_tokens\.weight.*100, 64"),
         (lambda t: t.update({"model.more": torch.ones(1)}), r"1 unexpected keys such as model\.more"),

@@ -111,8 +111,8 @@ def export(
     if fmt == "compressed-tensors" and not spec.symmetric:
         notes.append(
             "asymmetric: transformers 5.23 with compressed-tensors 0.18 to 0.20 refuses it (weight_zero_point size "
-            "mismatch) unless CompressedTensorsConfig(dequantize=True) is given, which rounds weights to the file's dtype; "
-            "pyquant and transformers 5.17 load it as it is"
+            "mismatch) unless CompressedTensorsConfig(dequantize=True) is given, which rounds weights to the file's "
+            "dtype; pyquant and transformers 5.17 load it as it is"
         )
     if spec.bits < 4:
         notes.append(f"codes are stored in {spec.bits} bits; servers' fast kernels are written for 4")

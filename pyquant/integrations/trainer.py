@@ -349,7 +349,8 @@ class _KDTrainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1} "
-                f"(kl {parts['kl'].item()}, ce {parts['ce'].item()}); lower lr={self.config.lr} or scale_lr={self.config.scale_lr}"
+                f"(kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
+                f"lower lr={self.config.lr} or scale_lr={self.config.scale_lr}"
             )
         self.parts.append(torch.stack([loss.detach(), parts["kl"], parts["ce"]]))
         return (loss, outputs) if return_outputs else loss
