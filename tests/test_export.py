@@ -41,7 +41,11 @@ def source(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "spec", [QuantSpec(4, 32), QuantSpec(4, -1), QuantSpec(3, 32), QuantSpec(2, 32), QuantSpec(4, 32, False), QuantSpec(3, -1, False)],
+    "spec",
+    [
+        QuantSpec(4, 32), QuantSpec(4, -1), QuantSpec(3, 32), QuantSpec(2, 32), QuantSpec(4, 32, False),
+        QuantSpec(3, -1, False),
+    ],
     ids=str,
 )  # fmt: skip
 def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
@@ -52,7 +56,8 @@ def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
     model, tokenizer = quantized(source, spec)
     expected = probe_logits(model, TOKENS)
     info = export(model, tokenizer, source, tmp_path / "out", spec)
-    assert info.container_bits == spec.bits and ("asymmetric" in info.note) == (not spec.symmetric)
+    assert info.container_bits == spec.bits
+    assert ("asymmetric" in info.note) == (not spec.symmetric)
     assert verify(tmp_path / "out", TOKENS, expected) == 0.0
     route = {} if spec.symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **route)
@@ -60,7 +65,8 @@ def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
     dequantize_model(model)
     if spec.symmetric or transformers.__version__.startswith("5.17."):
         difference = (probe_logits(theirs, TOKENS) - probe_logits(model, TOKENS)).abs().max()
-        assert difference == 0 and expected.abs().max() > 1
+        assert difference == 0
+        assert expected.abs().max() > 1
     else:  # dequantize=True of 5.23 rounds w_hat to the file's dtype on the way to fp32
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear):
@@ -84,10 +90,8 @@ def test_gptq_is_read_back_exactly(source, tmp_path, spec):
     prefix = "model.layers.0.self_attn.q_proj."
     state = layer.portable()
     assert torch.equal(tensors[prefix + "qweight"], state["weight_packed"].T)
-    assert (
-        torch.equal(tensors[prefix + "scales"].float(), state["weight_scale"].T)
-        and tensors[prefix + "scales"].dtype == torch.float16
-    )
+    assert torch.equal(tensors[prefix + "scales"].float(), state["weight_scale"].T)
+    assert tensors[prefix + "scales"].dtype == torch.float16
     word = {4: 0x77777777, 3: 0b11_011_011_011_011_011_011_011_011_011_011, 2: 0x55555555}[
         spec.bits
     ]  # zero - 1, packed
@@ -131,12 +135,15 @@ def test_folder(source, tmp_path):
     info = export(model, tokenizer, source, tmp_path / "a" / "out", SPEC, extra={"report.json": "{}"})
     out = tmp_path / "a" / "out"
     assert set(info.files) == {
-        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "report.json", "tokenizer.json", "tokenizer_config.json",
+        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "report.json", "tokenizer.json",
+        "tokenizer_config.json",
     } == {p.name for p in out.iterdir()}  # fmt: skip
-    assert info.bytes == sum(p.stat().st_size for p in out.iterdir()) and info.note == ""
+    assert info.bytes == sum(p.stat().st_size for p in out.iterdir())
+    assert info.note == ""
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     config = json.loads((out / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["dtype"] == "bfloat16"
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
     tensors = load_file(out / "model.safetensors")
     assert "lm_head.weight" not in tensors  # tied
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16, torch.int32, torch.int64}
@@ -148,7 +155,8 @@ def test_shards(source, tmp_path):
     info = export(model, tokenizer, source, tmp_path / "out", SPEC, max_shard_size=37_000)
     shards = [f for f in info.files if f.startswith("model-")]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(shards) >= 2 and set(index["weight_map"].values()) == set(shards)
+    assert len(shards) >= 2
+    assert set(index["weight_map"].values()) == set(shards)
     total = 0
     for shard in shards:
         tensors = load_file(tmp_path / "out" / shard)
@@ -245,7 +253,8 @@ def test_overwriting_is_on_purpose(source, tmp_path):
     assert snapshot(out) == before
     other, _ = quantized(source, QuantSpec(3, 32))
     export(other, tokenizer, source, out, QuantSpec(3, 32), overwrite=True)
-    assert verify(out, TOKENS, probe_logits(other, TOKENS)) == 0.0 and not (out / "old.txt").exists()
+    assert verify(out, TOKENS, probe_logits(other, TOKENS)) == 0.0
+    assert not (out / "old.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
 
 
@@ -262,10 +271,18 @@ def test_what_is_no_export_is_not_overwritten(source, tmp_path):
     ]:
         with pytest.raises(FileExistsError, match=message):
             export(model, tokenizer, source, tmp_path / target, SPEC, overwrite=True)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and (source / "config.json").is_file()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert (source / "config.json").is_file()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")], ids=["os", "safetensors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
 def test_full_disk_leaves_the_old_folder_whole(source, tmp_path, monkeypatch, error):
     model, tokenizer = quantized(source)
     out = tmp_path / "out"
@@ -283,8 +300,10 @@ def test_full_disk_leaves_the_old_folder_whole(source, tmp_path, monkeypatch, er
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(OSError, match=f"the disk of {tmp_path} is full; out was not written") as caught:
         export(model, tokenizer, source, out, SPEC, overwrite=True, max_shard_size=40_000)
-    assert caught.value.errno == errno.ENOSPC and len(calls) == 2
-    assert snapshot(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
+    assert caught.value.errno == errno.ENOSPC
+    assert len(calls) == 2
+    assert snapshot(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
 
 
 def test_too_little_room_is_seen_before_writing(source, tmp_path, monkeypatch):
@@ -311,7 +330,8 @@ def test_a_failing_rename_restores_the_old_folder(source, tmp_path, monkeypatch)
     monkeypatch.setattr(module.os, "rename", failing)
     with pytest.raises(PermissionError):
         export(model, tokenizer, source, out, SPEC, overwrite=True)
-    assert snapshot(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
+    assert snapshot(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
 
 
 def test_a_real_model(tmp_path):
@@ -320,5 +340,6 @@ def test_a_real_model(tmp_path):
     model, tokenizer = quantized(source, spec)
     for fmt in ("compressed-tensors", "gptq"):
         info = export(model, tokenizer, source, tmp_path / fmt, spec, fmt)
-        assert info.note == "" and info.bytes < 23_000_000
+        assert info.note == ""
+        assert info.bytes < 23_000_000
         assert verify(tmp_path / fmt, TOKENS, probe_logits(model, TOKENS)) == 0.0

@@ -67,7 +67,8 @@ def test_learns_and_leaves_the_teacher_alone(tmp_path):
     config = KDConfig(steps=30, batch_size=8, seq_len=16, lr=3e-3, scale_lr=1e-3, warmup_steps=2, loss=KDLoss(0.0, 1.0))
     history = train_kd(student, teacher, learnable_tokens(), config, SPEC, tmp_path, False, seen.append)
     assert [row["step"] for row in history] == list(range(1, 31)) == [row["step"] for row in seen]
-    assert set(history[0]) == {"step", "loss", "kl", "ce", "lr"} and "seconds" in seen[0]
+    assert set(history[0]) == {"step", "loss", "kl", "ce", "lr"}
+    assert "seconds" in seen[0]
     assert sum(r["ce"] for r in history[-3:]) < 0.7 * sum(r["ce"] for r in history[:3])
     assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), before.parameters(), strict=True))
     assert sum(isinstance(m, FakeQuantLinear) for m in student.modules()) == 14
@@ -93,7 +94,8 @@ SCRIPT = """
     import sys
     sys.path.insert(0, {tests!r})
     import test_trainer as t
-    t.run(t.Path({work!r}), t.KDConfig(**dict(vars(t.CONFIG), **{changes!r})), on_log=lambda row: print(row["step"], flush=True))
+    t.run(t.Path({work!r}), t.KDConfig(**dict(vars(t.CONFIG), **{changes!r})), on_log=lambda row: print(row["step"],
+    flush=True))
 """
 
 
@@ -125,7 +127,9 @@ def test_sigkill_then_resume_is_bit_exact(tmp_path, whole):
 
 def test_sigint_saves_the_step_and_resumes_bit_exact(tmp_path, whole):
     code, errors = killed(tmp_path, 4, signal.SIGINT)
-    assert code != 0 and "Interrupted" in errors and "after step" in errors
+    assert code != 0
+    assert "Interrupted" in errors
+    assert "after step" in errors
     saved = disk.step_of(disk.latest(tmp_path))
     assert 4 <= saved < 12
     student, history = run(tmp_path, resume=True)
@@ -145,7 +149,8 @@ def test_interrupted_names_the_step_and_restores_the_handler(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="after step 5") as caught:
         run(tmp_path, on_log=interrupt_at(5))
-    assert caught.value.step == 5 and disk.latest(tmp_path).name == "checkpoint-5"
+    assert caught.value.step == 5
+    assert disk.latest(tmp_path).name == "checkpoint-5"
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -194,7 +199,8 @@ def test_finished_run_is_returned_again(tmp_path, whole):
     run(tmp_path)
     seen = []
     student, history = run(tmp_path, resume=True, on_log=seen.append)
-    assert history == whole[1] and seen == []
+    assert history == whole[1]
+    assert seen == []
     assert_same(student, whole[0])
 
 

@@ -18,17 +18,17 @@ def load_text(source: str, field: str = "text", split: str = "train", skip_chars
     """Read one long text.
 
     Args:
-        source: a text file (.txt, .md, .raw, .tokens, UTF-8), a .jsonl file, a folder of such files (read in the order of
-            their names), or a dataset of the Hub, ``"org/name"`` or ``"org/name:config"``. Documents (files, lines of a .jsonl,
-            rows of a dataset) are joined by a blank line.
+        source: a text file (.txt, .md, .raw, .tokens, UTF-8), a .jsonl file, a folder of such files (read in the order
+            of their names), or a dataset of the Hub, ``"org/name"`` or ``"org/name:config"``. Documents (files, lines
+            of a .jsonl, rows of a dataset) are joined by a blank line.
         field: column of a .jsonl or dataset that holds the text.
         split: split of a dataset.
         skip_chars: characters to drop from the beginning.
 
     Raises:
         FileNotFoundError: nothing there, and not the name of a dataset.
-        ValueError: an unknown suffix, text that is not UTF-8, a broken line or missing field, or fewer than ``skip_chars``
-            characters.
+        ValueError: an unknown suffix, text that is not UTF-8, a broken line or missing field, or fewer than
+            ``skip_chars`` characters.
         ImportError: a dataset is asked for and the package ``datasets`` is absent.
     """
     path = Path(source).expanduser()
@@ -98,7 +98,8 @@ def _read_dataset(source: str, field: str, split: str) -> str:
 
 
 def windows(tokenizer: Any, text: str, length: int, count: int | None = None, source: str = "text") -> Tensor:
-    """Cut a text into windows of tokens, from its beginning, one after another; the rest that fills no window is dropped.
+    """Cut a text into windows of tokens, from its beginning, one after another; the rest that fills no window is
+    dropped.
 
     Args:
         tokenizer: a transformers tokenizer; no special tokens are added.

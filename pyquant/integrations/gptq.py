@@ -17,8 +17,16 @@ from pyquant.integrations.checkpoint import check_weights, read_config
 from pyquant.nn.linear import QLinear
 
 
-def gptq_config(spec: QuantSpec, kept: list[str]) -> dict[str, Any]:
-    """``quantization_config`` of a GPTQ checkpoint; ``kept`` are the linear layers in high precision."""
+def gptq_config(spec: QuantSpec, quantized: list[str], kept: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of a GPTQ checkpoint.
+
+    Args:
+        spec: bits and group size.
+        quantized, kept: names of the linear layers in low and in high precision. Layers kept beside the output layer
+            are said
+            twice: in ``dynamic``, which GPTQModel reads, and in ``modules_in_block_to_quantize``, which transformers
+                reads.
+    """
     config = {
         "quant_method": "gptq",
         "bits": spec.bits,
@@ -32,6 +40,7 @@ def gptq_config(spec: QuantSpec, kept: list[str]) -> dict[str, Any]:
     }
     if others := [name for name in kept if name != "lm_head"]:
         config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in others}
+        config["modules_in_block_to_quantize"] = [quantized]
     return config
 
 
@@ -52,8 +61,8 @@ def check_gptq(name: str, layer: QLinear) -> None:
     exact = scale.to(torch.float16).float() == scale.float()
     if not exact.all():
         raise ValueError(
-            f"{name}: GPTQ stores scales in float16, which does not hold {int((~exact).sum())} of {exact.numel()} of them "
-            "exactly; quantize with scale_dtype=torch.float16, or use compressed-tensors"
+            f"{name}: GPTQ stores scales in float16, which does not hold {int((~exact).sum())} of {exact.numel()} "
+            "of them exactly; quantize with scale_dtype=torch.float16, or use compressed-tensors"
         )
 
 

@@ -1,14 +1,15 @@
 """KD-QAT on transformers' Trainer: exact resume, Ctrl-C that saves, and errors that say what to do.
 
-Exact means bit by bit: a run that was killed and resumed ends in the same weights as one that was not. Each step is a function
-of the checkpoint: weights, optimizer and schedule, random generators, and a data order fixed by the seed. That needs
-deterministic algorithms: ``torch.use_deterministic_algorithms(True)`` during training, ``CUBLAS_WORKSPACE_CONFIG`` set when this
-module is imported (it counts from the first matrix product on), and on a GPU attention by FlashAttention, whose backward has a
-deterministic mode, or by plain math where that does not apply; the memory-efficient and cuDNN backends are left out. The
-promise holds on the same machine, with the same thread count and library versions.
+Exact means bit by bit: a run that was killed and resumed ends in the same weights as one that was not. Each step is a
+function of the checkpoint: weights, optimizer and schedule, random generators, and a data order fixed by the seed.
+That needs deterministic algorithms: ``torch.use_deterministic_algorithms(True)`` during training,
+``CUBLAS_WORKSPACE_CONFIG`` set when this module is imported (it counts from the first matrix product on), and on a GPU
+attention by FlashAttention, whose backward has a deterministic mode, or by plain math where that does not apply; the
+memory-efficient and cuDNN backends are left out. The promise holds on the same machine, with the same thread count and
+library versions.
 
-Training is in fp32 master weights, under bf16 autocast on a GPU; one process, one device. Everything saved is safetensors or
-JSON (see :mod:`pyquant.integrations.resume`).
+Training is in fp32 master weights, under bf16 autocast on a GPU; one process, one device. Everything saved is
+safetensors or JSON (see :mod:`pyquant.integrations.resume`).
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def train_kd(
         the log of every step from the first, those before a resume included (without "seconds").
 
     Raises:
-        ValueError: tokens that do not fit, a quantized student, a spec or pattern that fits nothing, or (with ``resume``) inputs
-            that differ from the run in ``work_dir``, named.
+        ValueError: tokens that do not fit, a quantized student, a spec or pattern that fits nothing, or (with
+            ``resume``) inputs that differ from the run in ``work_dir``, named.
         FileExistsError: ``work_dir`` holds a run and ``resume`` is False.
         FloatingPointError: the loss is NaN or Inf; the message has the step.
         RuntimeError: out of GPU memory; the message says what to lower.
@@ -166,8 +167,8 @@ def train_kd(
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"out of GPU memory at step {trainer.state.global_step + 1} with batch_size={config.batch_size}, "
-                f"seq_len={config.seq_len}: lower batch_size (and raise grad_accum={config.grad_accum} by as much), lower seq_len, "
-                f"or set gradient_checkpointing (now {config.gradient_checkpointing})"
+                f"seq_len={config.seq_len}: lower batch_size (and raise grad_accum={config.grad_accum} by as much), "
+                f"lower seq_len, or set gradient_checkpointing (now {config.gradient_checkpointing})"
             ) from error
         finally:
             if config.gradient_checkpointing:
@@ -347,7 +348,8 @@ class _KDTrainer(Trainer):
         loss, parts = kd_loss(outputs.logits, teacher_logits, labels, self.config.loss)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} "
+                f"(kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
                 f"lower lr={self.config.lr} or scale_lr={self.config.scale_lr}"
             )
         self.parts.append(torch.stack([loss.detach(), parts["kl"], parts["ce"]]))

@@ -1,7 +1,7 @@
 """transformers plug-in: quantize while loading, load quantized checkpoints onto our kernels, save them for everyone.
 
-* ``AutoModelForCausalLM.from_pretrained(dir, quantization_config=PyQuantConfig(...))`` quantizes a full-precision checkpoint
-  by rounding to nearest, layer by layer as the weights arrive.
+* ``AutoModelForCausalLM.from_pretrained(dir, quantization_config=PyQuantConfig(...))`` quantizes a full-precision
+  checkpoint by rounding to nearest, layer by layer as the weights arrive.
 * :func:`load_model` loads a quantized checkpoint (compressed-tensors ``pack-quantized``, ours or another tool's) with
   :class:`~pyquant.nn.QLinear` in place of its linear layers.
 * ``save_pretrained`` of either writes compressed-tensors again, so any tool that reads that format reads it.
@@ -191,7 +191,7 @@ class _Quantize(ConversionOps):
 
 
 class PyQuantQuantizer(HfQuantizer):
-    """The plug-in that ``from_pretrained`` finds under ``quant_method: pyquant``; hooks as transformers 5 calls them."""
+    """What ``from_pretrained`` finds under ``quant_method: pyquant``; its hooks are those of transformers 5."""
 
     requires_calibration = False
 
@@ -293,8 +293,8 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
 
     Args:
         path: folder of the checkpoint, or its name on the Hub.
-        dtype: of scales, activations and all that is not quantized; ``"auto"`` is the checkpoint's. fp32 holds the values
-            of a bf16 or fp16 checkpoint exactly.
+        dtype: of scales, activations and all that is not quantized; ``"auto"`` is the checkpoint's. fp32 holds the
+            values of a bf16 or fp16 checkpoint exactly.
         device: where the model goes.
 
     Returns:
@@ -356,8 +356,8 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: no such folder, or no ``config.json`` in it.
-        ValueError: ``config.json`` broken, not a causal LM, already quantized, pickled weights only, a damaged or missing
-            weights file, tensors that do not fit, NaN or Inf weights, or no tokenizer.
+        ValueError: ``config.json`` broken, not a causal LM, already quantized, pickled weights only, a damaged or
+            missing weights file, tensors that do not fit, NaN or Inf weights, or no tokenizer.
     """
     folder = local_folder(path)
     config = read_config(folder)
