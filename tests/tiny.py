@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # the models are too small for more, and waking threads costs more than the work
 
 VOCAB = 288
 HIDDEN = 64
@@ -50,6 +52,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     vocab = {"<end>": 0, **{c: i + 1 for i, c in enumerate(alphabet)}}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 

@@ -109,8 +109,8 @@ def export(
     notes = [note] if note else []
     if fmt == "compressed-tensors" and not spec.symmetric:
         notes.append(
-            "asymmetric: compressed-tensors 0.18 to 0.20 fail to load this through from_pretrained (weight_zero_point size "
-            "mismatch) unless CompressedTensorsConfig(dequantize=True) is given; pyquant and 0.17 read it as it is"
+            "asymmetric: transformers 5.23 with compressed-tensors 0.18 to 0.20 refuses it (weight_zero_point size mismatch) "
+            "unless CompressedTensorsConfig(dequantize=True) is given (which rounds weights to the file's dtype); pyquant and transformers 5.17 load it as it is"
         )
     if spec.bits < 4:
         notes.append(f"codes are stored in {spec.bits} bits; servers' fast kernels are written for 4")

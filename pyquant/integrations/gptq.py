@@ -46,7 +46,8 @@ def check_gptq(name: str, layer: QLinear) -> None:
         raise ValueError("the GPTQ format is written for symmetric weights only; use compressed-tensors for asymmetric ones")
     if n % 32 or k % 32:
         raise ValueError(f"{name} has N={n}, K={k}: GPTQ needs multiples of 32; use compressed-tensors")
-    exact = layer.scale.to(torch.float16).float() == layer.scale.float()
+    scale = int4.untile_scale(layer.scale, n, k, layer.spec.group_size)
+    exact = scale.to(torch.float16).float() == scale.float()
     if not exact.all():
         raise ValueError(
             f"{name}: GPTQ stores scales in float16, which does not hold {int((~exact).sum())} of {exact.numel()} of them "

@@ -196,6 +196,7 @@ class PyQuantQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PyQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.targets: set[str] = set()
+        self.shapes: dict[str, torch.Size] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -236,11 +237,15 @@ class PyQuantQuantizer(HfQuantizer):
         if tied and matches(head, include) and not matches(head, exclude):
             raise ValueError(f"{head} shares its weight with the embedding and cannot be quantized; exclude it")
         report = swap(model, spec, replace, include, exclude, skip_experts)
+        self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.targets = set(report.changed)
         config.ignore = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in self.targets]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, p in model.named_parameters():  # transformers does not compare shapes when a quantizer is in charge
+            if name in self.shapes and p.shape != self.shapes[name]:
+                raise ValueError(f"{name} has shape {tuple(p.shape)}, the config says {tuple(self.shapes[name])}")
         if not self.pre_quantized:
             left = [n for n in self.targets if not isinstance(model.get_submodule(n), QLinear)]
             if left:
@@ -303,7 +308,13 @@ def from_folder(folder: Path, config: Any, dtype: str | torch.dtype, device: str
         ValueError: naming the tensors.
     """
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True, local_files_only=True, use_safetensors=True
+        folder,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
+        use_safetensors=True,
+        ignore_mismatched_sizes=True,  # reported, and refused below
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(key) for key in info.get(kind) or ()):
