@@ -22,8 +22,8 @@ import typer
 
 from pyquant.integrations.config import KDSettings, QuantizeConfig, load_config
 
-# Threads that wait for their siblings by spinning cost a busy machine most of its time (a tenfold slowdown was measured on
-# two shared cores, small matrices). OpenMP reads this when torch is imported, which is later.
+# Threads that wait for their siblings by spinning cost a busy machine most of its time: up to ten times the work was
+# measured on two shared cores with small matrices. OpenMP reads this when torch is imported, which is later.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
