@@ -257,8 +257,8 @@ def _publish(
     if own:
         about = (
             f"Measured on {measure.numel():,} tokens that the full-precision model wrote itself (temperature 1, seed "
-            f"{config.seed}); trained on {train.numel():,} others. Perplexity is exp(H + KL) there: the full-precision row "
-            "is the floor, and the numbers say how close a quantized model stays to it, not how well it knows English."
+            f"{config.seed}); trained on {train.numel():,} others. Perplexity is exp(H + KL) there: the full-precision "
+            "row is the floor, and a row says how close its model stays to that one, not how well it knows English."
         )
     else:
         about = (
