@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 
 def config(model, out, **changes):
     how = {"steps": 40, "batch_size": 4, "length": 48, "train_windows": 160, "eval_windows": 32}
-    how |= {"lr": 3e-4, "scale_lr": 1e-4}
+    how |= {"lr": 1e-4, "scale_lr": 1e-4}
     return DemoConfig(out=out, model=str(model), prompt="the old red", **(how | changes))
 
 

@@ -68,7 +68,7 @@ class DemoConfig:
     train_windows: int = 384
     eval_windows: int = 64
     lr: float = 2e-4
-    scale_lr: float = 1e-3
+    scale_lr: float = 1e-4
     prompt: str = "It was a dark evening, and the old man"
     seed: int = 0
 
