@@ -3,13 +3,14 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from trained import make_tiny_model, tiny_text
 from typer.testing import CliRunner
 
@@ -182,6 +183,21 @@ def test_without_a_text_only_weight_errors_are_reported(model, tmp_path):
     assert facts["rows"] == []
     assert len(facts["layers"]) == 14
     assert facts["spec"] == "W4 g32 asymmetric"
+
+
+def test_a_float32_source_is_stored_in_16_bits(model, texts, tmp_path):
+    source = tmp_path / "fp32"
+    shutil.copytree(model, source)
+    wide = {k: t.float() * (1 + 1e-4) for k, t in load_file(model / "model.safetensors").items()}
+    save_file(wide, source / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
+    flags = ("--group-size", "32", "--eval", texts / "eval.txt", "--eval-length", "64", "--eval-windows", "2")
+    pyquant("quantize", source, "--out", tmp_path / "q", *flags)
+    stored = load_file(tmp_path / "q" / "model.safetensors")
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "q" / "report.json").read_text())["max_difference"] == 0
 
 
 def test_overwrite_replaces(model, tmp_path):

@@ -1,4 +1,4 @@
-"""A model folder small enough to be trained in a test (tiny.py has untrained ones), and text that is nobody's: words drawn by a seeded generator."""
+"""A model folder small enough to be trained in a test (tiny.py has untrained ones), and text that is nobody's."""
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ def export(
     """Write a model with QLinear layers as a folder that other tools load.
 
     Args:
-        model: the quantized model; its floating tensors are stored in the source's dtype where that holds them
-            exactly, as after :func:`~pyquant.recipes.rtn.rtn` and :func:`~pyquant.recipes.kd_qat.convert`; otherwise
-            all in fp32 (and the note says so).
+        model: the quantized model; its floating tensors are stored in the source's dtype (bf16 for fp32) if that is exact, as
+            after :func:`~pyquant.recipes.rtn.rtn` and :func:`~pyquant.recipes.kd_qat.convert`; otherwise all in fp32 (and the
+            note says so).
         tokenizer: saved when the source folder has no tokenizer files to copy; may be None.
         source: folder (or Hub name) of the full-precision model: its config, tokenizer, generation config and licence
             go along.
@@ -204,14 +204,26 @@ def _check_model(model: nn.Module, spec: QuantSpec, fmt: str) -> None:
 
 
 def _stored_dtype(model: nn.Module, config: dict[str, Any]) -> tuple[torch.dtype, str]:
-    """The source's dtype if it holds every floating tensor exactly, else fp32 and a note."""
+    """The source's dtype if it holds every floating tensor exactly, else fp32 and a note.
+
+    From an fp32 source, bf16 where that is exact, as it is after the pipeline's rounding.
+    """
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    dtype = {v: k for k, v in _SHORT.items()}.get(name, torch.float32)
+    first = {v: k for k, v in _SHORT.items()}.get(name, torch.float32)
+    for dtype in (first,) if first != torch.float32 else (torch.bfloat16, torch.float32):
+        why = _loses(model, dtype)
+        if not why:
+            return dtype, ""
+    return torch.float32, f"stored as float32: {why}"
+
+
+def _loses(model: nn.Module, dtype: torch.dtype) -> str:
+    """Which tensor a dtype does not hold exactly, or ""."""
     for module_name, module in model.named_modules():
         for own, t in _own(module):
             if t.is_floating_point() and not torch.equal(t.to(dtype).to(t.dtype), t):
-                return torch.float32, f"stored as float32: {module_name}.{own} has values that {name} does not hold"
-    return dtype, ""
+                return f"{module_name}.{own} has values that {_SHORT[dtype]} does not hold"
+    return ""
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -271,7 +271,7 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     """The trainer's configuration of a run."""
     fields = config.kd.model_dump()
     loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
-    chosen = {"include": config.include, "exclude": config.exclude}
+    chosen = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     return KDConfig(**fields, **chosen, loss=loss, rule=config.range, seed=config.seed)
 
 

@@ -70,7 +70,7 @@ class KDConfig:
         freeze: ov-freeze, patterns of layers that are snapped and frozen; ``("v_proj", "o_proj")`` is the paper's.
         freeze_at: the step before which that happens; 0 is before training.
         loss: weights and temperature.
-        quantizer, rule, include, exclude: as :func:`pyquant.recipes.kd_qat.prepare`.
+        quantizer, rule, include, exclude, skip_experts: as :func:`pyquant.recipes.kd_qat.prepare`.
         gradient_checkpointing: less memory, about a third more time.
 
     Raises:
@@ -97,6 +97,7 @@ class KDConfig:
     rule: str = "mse"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ("lm_head",)
+    skip_experts: bool = False
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -153,7 +154,7 @@ def train_kd(
     fingerprint = disk.fingerprint(student, teacher, tokens, config, spec)
     last = disk.open_run(work_dir, fingerprint, resume)
     torch.manual_seed(config.seed)
-    prepare(student, spec, config.quantizer, config.rule, config.include, config.exclude)
+    prepare(student, spec, config.quantizer, config.rule, config.include, config.exclude, config.skip_experts)
     if config.freeze and config.freeze_at == 0:
         freeze(student, config.freeze)  # before the optimizer is made: frozen layers are not part of it
     if last is not None and disk.read_state(last)["step"] >= config.steps:
