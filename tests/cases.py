@@ -321,8 +321,9 @@ def fake_quant_formula(w: Tensor, scale: Tensor, zero: Tensor | None, group_size
     """fake_quant in fp64 whose autograd gradients are the straight-through ones.
 
     Clamp first, then round with a gradient of one: equal to round, then clamp, as the ends of the range are integers.
-    With a zero the value is taken from round(v) + zero, as ties go to even there and an odd zero moves them. The quotient w / scale is taken in fp32 when w and scale are 32 bits or narrower, as the op does, so that values
-    next to a rounding boundary fall on the same side.
+    With a zero the value is taken from round(v) + zero, as ties go to even there and an odd zero moves them. The
+    quotient w / scale is taken in fp32 when w and scale are 32 bits or narrower, as the op does, so that values next to
+    a rounding boundary fall on the same side.
     """
     k = w.shape[1]
     s = int4.expand_groups(scale.double(), k, group_size)
