@@ -63,7 +63,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [p.replace(annotation=hints[p.name]) for p in given]
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters.append(inspect.Parameter("debug", keyword, default=False, annotation=hints["debug"]))
-    run.__signature__, run.__annotations__ = inspect.Signature(parameters), hints
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = hints
     return app.command(name=function.__name__.removesuffix("_"))(run)
 
 
@@ -407,7 +408,7 @@ def demo(
     """Quantize the small model that comes with pyquant, several ways, and report. A few minutes on two CPU cores."""
     from pyquant.integrations.demo import DemoConfig, run
 
-    chosen = {"steps": steps, "model": model, "text": text}
+    chosen: dict[str, Any] = {"steps": steps, "model": model, "text": text}
     settings = DemoConfig(out=out, seed=seed, **{key: value for key, value in chosen.items() if value is not None})
     with Progress() as progress:
         result = run(settings, progress)

@@ -135,7 +135,7 @@ def layer_figure(layers: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
             kind = row["name"].rpartition(".")[2]
             kinds.setdefault(kind, []).append((int(block[1]) if block else position, row["relative_error"]))
         for i, (kind, points) in enumerate(kinds.items()):
-            x, y = zip(*points, strict=True)
+            x, y = [place for place, _ in points], [error for _, error in points]
             axes.plot(x, y, "o-", color=COLOURS[i % len(COLOURS)], label=kind, markersize=4, linewidth=1.2)
         axes.set_xlabel("block")
     else:
@@ -156,8 +156,9 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     curves = {label: rows for label, rows in curves.items() if rows}
     if len(curves) == 1:
         rows = next(iter(curves.values()))
-        lines = {key: [row[key] for row in rows] for key in ("loss", "kl", "ce") if all(key in row for row in rows)}
-        lines = {key: ([row["step"] for row in rows], values) for key, values in lines.items()}
+        steps = [row["step"] for row in rows]
+        shown = [key for key in ("loss", "kl", "ce") if all(key in row for row in rows)]
+        lines = {key: (steps, [row[key] for row in rows]) for key in shown}
     else:
         lines = {label: ([r["step"] for r in rows], [r["loss"] for r in rows]) for label, rows in curves.items()}
     for i, (label, (x, y)) in enumerate(lines.items()):

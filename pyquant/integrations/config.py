@@ -20,8 +20,10 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Settings that a resumed run may change: they do not touch the weights that come out.
-FREE_TO_CHANGE = ("out", "overwrite", "resume", "format", "device", "dtype", "eval", "eval_windows", "eval_length")
-FREE_TO_CHANGE += ("eval_skip_chars",)
+FREE_TO_CHANGE = (
+    "out", "overwrite", "resume", "format", "device", "dtype",
+    "eval", "eval_windows", "eval_length", "eval_skip_chars",
+)  # fmt: skip
 
 
 class KDSettings(BaseModel):

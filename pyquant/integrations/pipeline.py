@@ -175,7 +175,7 @@ def _apply(
     result: Result,
 ) -> tuple[nn.Module, SwapReport]:
     """The recipe: the quantized model (QLinear, values as they will be stored) and what became of its layers."""
-    chosen = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
+    chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     before = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     if tokens is None:
         with clock("quantize") as stage:
@@ -271,7 +271,7 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     """The trainer's configuration of a run."""
     fields = config.kd.model_dump()
     loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
-    chosen = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
+    chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     return KDConfig(**fields, **chosen, loss=loss, rule=config.range, seed=config.seed)
 
 

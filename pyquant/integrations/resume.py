@@ -146,7 +146,7 @@ def save(
         save_file(_unique(model.state_dict()), partial / "model.safetensors")
         save_file(_optimizer_tensors(optimizer), partial / "optimizer.safetensors")
         save_file(_rng_tensors(), partial / "rng.safetensors")
-        numpy_state = np.random.get_state()
+        numpy_state: Any = np.random.get_state()
         state = {
             "step": step,
             "lr": [group["lr"] for group in optimizer.param_groups],
@@ -185,8 +185,10 @@ def save(
 
 def _unique(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tied tensors once, contiguous, as safetensors wants them."""
-    seen: set[int] = set()
-    return {k: t.contiguous() for k, t in state.items() if not (t.data_ptr() in seen or seen.add(t.data_ptr()))}
+    first: dict[int, str] = {}
+    for name, t in state.items():
+        first.setdefault(t.data_ptr(), name)
+    return {name: state[name].contiguous() for name in first.values()}
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -183,8 +183,8 @@ class _Quantize(ConversionOps):
         layer.bias = bias
         for buffer in layer.buffers():
             buffer._is_hf_initialized = True
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, layer)
+        path, child = name.rpartition(".")[::2]
+        setattr(model.get_submodule(path), child, layer)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,7 +182,7 @@ def parameter_groups(
         ValueError: when nothing is left to train.
     """
     ranges = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
-    groups: list[dict[str, object]] = [
+    groups: list[dict[str, Any]] = [
         {"params": [], "lr": lr, "weight_decay": weight_decay, "name": "weights"},
         {"params": [], "lr": lr, "weight_decay": 0.0, "name": "vectors"},
         {"params": [], "lr": scale_lr, "weight_decay": 0.0, "name": "scales"},
