@@ -1,0 +1,114 @@
+"""``python -m benchmarks.tables``: write README's number tables from the files in ``results/``; ``--check`` only compares.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; what is between the marks is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text())
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _about(meta: dict) -> str:
+    ceilings = meta["ceilings"]
+    return (
+        f"{meta['gpu']}, torch {meta['torch']}, {meta['date']}, commit {meta['commit'][:12]}; measured ceilings: "
+        f"read {ceilings['read_tbps']} TB/s, bf16 {ceilings['bf16_tflops']:.0f} TFLOP/s."
+    )
+
+
+def linear() -> str:
+    """Microseconds of linear_w4a16 and its peers, a row a shape and token count."""
+    found = _load("h200/linear.json")
+    cells: dict[tuple[int, int, int], dict[str, float]] = {}
+    roofs = {}
+    for row in found["rows"]:
+        key = (row["K"], row["N"], row["M"])
+        cells.setdefault(key, {})[row["impl"]] = row["us"]
+        roofs[key] = row["roof_us"]
+    impls = ["pyquant", "cublas-bf16", "tinygemm"]
+    rows = []
+    for (k, n, m), us in cells.items():
+        ours = us["pyquant"]
+        rows.append(
+            [f"{k} x {n}", str(m), f"{roofs[k, n, m]:.1f}", f"**{ours:.1f}**"]
+            + [f"{us[i]:.1f}" if i in us else "-" for i in impls[1:]]
+            + [f"{us['cublas-bf16'] / ours:.2f}x"]
+        )
+    return (
+        _about(found["meta"])
+        + "\n\n"
+        + _table(["K x N", "M", "roof", "pyquant", "cuBLAS bf16", "torch tinygemm int4", "over cuBLAS"], rows)
+    )
+
+
+def fake_quant() -> str:
+    """Microseconds of fake_quant against torch eager."""
+    found = _load("h200/fake_quant.json")
+    ours = {(r["op"], r["N"], r["K"]): r for r in found["rows"] if r["impl"] == "pyquant"}
+    rows = [
+        [op.removeprefix("fake_quant "), f"{n} x {k}", f"{r['roof_us']:.0f}", f"**{r['us']:.0f}**", f"{r['baseline_us']:.0f}"]
+        for (op, n, k), r in ours.items()
+    ]
+    return _about(found["meta"]) + "\n\n" + _table(["", "N x K", "roof", "pyquant", "torch eager"], rows)
+
+
+def accuracy() -> str:
+    """Perplexities before and after, from the reports of ``pyquant quantize``."""
+    found = _load("h200/accuracy.json")
+    texts = found["meta"]["texts"]
+    rows = [
+        [r["recipe"], *(f"{r['perplexity'][t]['quantized' if r['recipe'] != 'full precision' else 'fp']:.2f}" for t in texts)]
+        for r in found["rows"]
+    ]
+    return found["meta"]["about"] + "\n\n" + _table(["recipe", *texts], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy}
+
+
+def fill(readme: str) -> str:
+    """README with every marked table made anew.
+
+    Raises:
+        ValueError: for a mark that names no table.
+    """
+
+    def one(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"README marks a table {name!r}; known: {', '.join(TABLES)}")
+        return f"<!-- table {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", one, readme, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail when README does not match the results")
+    args = parser.parse_args()
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = fill(old)
+    if args.check and new != old:
+        raise SystemExit("README's tables do not match benchmarks/results: run python -m benchmarks.tables")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
