@@ -284,7 +284,9 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: in
     size, total, names = 0, 0, []
 
     def flush() -> None:
-        save_file(shard, folder / f"shard-{len(names)}", metadata={"format": "pt"})
+        file = folder / f"shard-{len(names)}"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(folder.stat().st_mode & 0o666)  # save_file leaves 0600, and servers often run as another user
         names.append(list(shard))
 
     for name, t in tensors:
