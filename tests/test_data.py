@@ -59,7 +59,8 @@ def test_datasets_are_named_and_optional(tmp_path, monkeypatch):
             return Rows(text=["a", "b"])
 
     monkeypatch.setitem(sys.modules, "datasets", Fake)
-    assert load_text("org/name:conf", split="test") == "a\n\nb" and load_text("org/name") == "a\n\nb"
+    assert load_text("org/name:conf", split="test") == "a\n\nb"
+    assert load_text("org/name") == "a\n\nb"
     assert calls == [("org/name", "conf", "test"), ("org/name", None, "train")]
     with pytest.raises(ValueError, match=r"no text field 'story' \(columns: text\)"):
         load_text("org/name", field="story")
@@ -85,7 +86,9 @@ def test_windows():
     all_ids = tokenizer(text)["input_ids"]
     assert len(all_ids) == 50
     w = windows(tokenizer, text, 8)
-    assert w.dtype == torch.int64 and w.shape == (6, 8) and w.flatten().tolist() == all_ids[:48]
+    assert w.dtype == torch.int64
+    assert w.shape == (6, 8)
+    assert w.flatten().tolist() == all_ids[:48]
     assert torch.equal(windows(tokenizer, text, 8, 2), w[:2])
     assert windows(tokenizer, text, 8, 99).shape == (6, 8)
     with pytest.raises(ValueError, match=r"novel has 50 tokens \(50 characters\), too few for one window of 64"):

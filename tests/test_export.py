@@ -41,7 +41,11 @@ def source(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "spec", [QuantSpec(4, 32), QuantSpec(4, -1), QuantSpec(3, 32), QuantSpec(2, 32), QuantSpec(4, 32, False), QuantSpec(3, -1, False)],
+    "spec",
+    [
+        QuantSpec(4, 32), QuantSpec(4, -1), QuantSpec(3, 32), QuantSpec(2, 32), QuantSpec(4, 32, False),
+        QuantSpec(3, -1, False),
+    ],
     ids=str,
 )  # fmt: skip
 def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
@@ -52,7 +56,8 @@ def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
     model, tokenizer = quantized(source, spec)
     expected = probe_logits(model, TOKENS)
     info = export(model, tokenizer, source, tmp_path / "out", spec)
-    assert info.container_bits == spec.bits and ("asymmetric" in info.note) == (not spec.symmetric)
+    assert info.container_bits == spec.bits
+    assert ("asymmetric" in info.note) == (not spec.symmetric)
     assert verify(tmp_path / "out", TOKENS, expected) == 0.0
     route = {} if spec.symmetric else {"quantization_config": CompressedTensorsConfig(dequantize=True)}
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, **route)
@@ -60,7 +65,8 @@ def test_compressed_tensors_reads_what_we_computed(tmp_path, spec):
     dequantize_model(model)
     if spec.symmetric or transformers.__version__.startswith("5.17."):
         difference = (probe_logits(theirs, TOKENS) - probe_logits(model, TOKENS)).abs().max()
-        assert difference == 0 and expected.abs().max() > 1
+        assert difference == 0
+        assert expected.abs().max() > 1
     else:  # dequantize=True of 5.23 rounds w_hat to the file's dtype on the way to fp32
         for name, layer in model.named_modules():
             if isinstance(layer, torch.nn.Linear):
@@ -84,8 +90,11 @@ def test_gptq_is_read_back_exactly(source, tmp_path, spec):
     prefix = "model.layers.0.self_attn.q_proj."
     state = layer.portable()
     assert torch.equal(tensors[prefix + "qweight"], state["weight_packed"].T)
-    assert torch.equal(tensors[prefix + "scales"].float(), state["weight_scale"].T) and tensors[prefix + "scales"].dtype == torch.float16
-    word = {4: 0x77777777, 3: 0b11_011_011_011_011_011_011_011_011_011_011, 2: 0x55555555}[spec.bits]  # zero - 1, packed
+    assert torch.equal(tensors[prefix + "scales"].float(), state["weight_scale"].T)
+    assert tensors[prefix + "scales"].dtype == torch.float16
+    word = {4: 0x77777777, 3: 0b11_011_011_011_011_011_011_011_011_011_011, 2: 0x55555555}[
+        spec.bits
+    ]  # zero - 1, packed
     assert tensors[prefix + "qzeros"].flatten()[0].item() & 0xFFFFFFFF == word & 0xFFFFFFFF
     width = 64 if spec.group_size == -1 else spec.group_size
     assert tensors[prefix + "g_idx"].tolist() == [k // width for k in range(64)]
@@ -97,14 +106,18 @@ def test_gptq_is_read_back_exactly(source, tmp_path, spec):
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(3, 32), QuantSpec(2, 32)], ids=str)
 def test_gptqmodel_holds_the_same_weights(source, tmp_path, spec):
     pytest.importorskip("gptqmodel", reason="needs the package gptqmodel")
-    model, tokenizer = quantized(source, spec, torch.float16, scale_dtype=torch.float16, exclude=["lm_head", "layers.0.*.up_proj"])
+    model, tokenizer = quantized(
+        source, spec, torch.float16, scale_dtype=torch.float16, exclude=["lm_head", "layers.0.*.up_proj"]
+    )
     export(model, tokenizer, source, tmp_path / "out", spec, "gptq")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16, device_map="cpu")
     seen = 0
     for name, layer in theirs.named_modules():
         if hasattr(layer, "dequantize_weight"):
             seen += 1
-            assert torch.equal(layer.dequantize_weight().T.half(), model.get_submodule(name).dequantize(torch.float16)), name
+            assert torch.equal(
+                layer.dequantize_weight().T.half(), model.get_submodule(name).dequantize(torch.float16)
+            ), name
     assert seen == 13
 
 
@@ -122,12 +135,15 @@ def test_folder(source, tmp_path):
     info = export(model, tokenizer, source, tmp_path / "a" / "out", SPEC, extra={"report.json": "{}"})
     out = tmp_path / "a" / "out"
     assert set(info.files) == {
-        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "report.json", "tokenizer.json", "tokenizer_config.json",
+        "LICENSE", "config.json", "generation_config.json", "model.safetensors", "report.json", "tokenizer.json",
+        "tokenizer_config.json",
     } == {p.name for p in out.iterdir()}  # fmt: skip
-    assert info.bytes == sum(p.stat().st_size for p in out.iterdir()) and info.note == ""
+    assert info.bytes == sum(p.stat().st_size for p in out.iterdir())
+    assert info.note == ""
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     config = json.loads((out / "config.json").read_text())
-    assert config["dtype"] == "bfloat16" and config["quantization_config"]["ignore"] == ["lm_head"]
+    assert config["dtype"] == "bfloat16"
+    assert config["quantization_config"]["ignore"] == ["lm_head"]
     tensors = load_file(out / "model.safetensors")
     assert "lm_head.weight" not in tensors  # tied
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16, torch.int32, torch.int64}
@@ -139,7 +155,8 @@ def test_shards(source, tmp_path):
     info = export(model, tokenizer, source, tmp_path / "out", SPEC, max_shard_size=37_000)
     shards = [f for f in info.files if f.startswith("model-")]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert len(shards) >= 2 and set(index["weight_map"].values()) == set(shards)
+    assert len(shards) >= 2
+    assert set(index["weight_map"].values()) == set(shards)
     total = 0
     for shard in shards:
         tensors = load_file(tmp_path / "out" / shard)
@@ -236,7 +253,8 @@ def test_overwriting_is_on_purpose(source, tmp_path):
     assert snapshot(out) == before
     other, _ = quantized(source, QuantSpec(3, 32))
     export(other, tokenizer, source, out, QuantSpec(3, 32), overwrite=True)
-    assert verify(out, TOKENS, probe_logits(other, TOKENS)) == 0.0 and not (out / "old.txt").exists()
+    assert verify(out, TOKENS, probe_logits(other, TOKENS)) == 0.0
+    assert not (out / "old.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
 
 
@@ -245,13 +263,26 @@ def test_what_is_no_export_is_not_overwritten(source, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     (tmp_path / "file").write_text("x")
-    for target, message in [("mine", "no model folder"), ("file", "no model folder"), ("fp", "holds the source"), (".", "holds the source")]:
+    for target, message in [
+        ("mine", "no model folder"),
+        ("file", "no model folder"),
+        ("fp", "holds the source"),
+        (".", "holds the source"),
+    ]:
         with pytest.raises(FileExistsError, match=message):
             export(model, tokenizer, source, tmp_path / target, SPEC, overwrite=True)
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and (source / "config.json").is_file()
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert (source / "config.json").is_file()
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")], ids=["os", "safetensors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
 def test_full_disk_leaves_the_old_folder_whole(source, tmp_path, monkeypatch, error):
     model, tokenizer = quantized(source)
     out = tmp_path / "out"
@@ -269,8 +300,10 @@ def test_full_disk_leaves_the_old_folder_whole(source, tmp_path, monkeypatch, er
     monkeypatch.setattr(module, "save_file", full)
     with pytest.raises(OSError, match=f"the disk of {tmp_path} is full; out was not written") as caught:
         export(model, tokenizer, source, out, SPEC, overwrite=True, max_shard_size=40_000)
-    assert caught.value.errno == errno.ENOSPC and len(calls) == 2
-    assert snapshot(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
+    assert caught.value.errno == errno.ENOSPC
+    assert len(calls) == 2
+    assert snapshot(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
 
 
 def test_too_little_room_is_seen_before_writing(source, tmp_path, monkeypatch):
@@ -297,7 +330,8 @@ def test_a_failing_rename_restores_the_old_folder(source, tmp_path, monkeypatch)
     monkeypatch.setattr(module.os, "rename", failing)
     with pytest.raises(PermissionError):
         export(model, tokenizer, source, out, SPEC, overwrite=True)
-    assert snapshot(out) == before and sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
+    assert snapshot(out) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fp", "out"]
 
 
 def test_a_real_model(tmp_path):
@@ -306,5 +340,6 @@ def test_a_real_model(tmp_path):
     model, tokenizer = quantized(source, spec)
     for fmt in ("compressed-tensors", "gptq"):
         info = export(model, tokenizer, source, tmp_path / fmt, spec, fmt)
-        assert info.note == "" and info.bytes < 23_000_000
+        assert info.note == ""
+        assert info.bytes < 23_000_000
         assert verify(tmp_path / fmt, TOKENS, probe_logits(model, TOKENS)) == 0.0

@@ -26,18 +26,23 @@ def test_rtn_and_back(spec, rule):
     before = {n: m.weight.detach().clone() for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     seen = []
     report = rtn(model, spec, rule, on_layer=seen.append)
-    assert len(report.changed) == 14 and seen == report.changed and report.kept == {"lm_head": "excluded by name"}
+    assert len(report.changed) == 14
+    assert seen == report.changed
+    assert report.kept == {"lm_head": "excluded by name"}
     logits = probe_logits(model, some_tokens())
     errors = layer_errors(before, model)
     assert [row["name"] for row in errors] == report.changed
     for row in errors:
         w, w_hat = before[row["name"]], model.get_submodule(row["name"]).dequantize()
         expected = float((w_hat - w).norm() / w.norm())
-        assert row["relative_error"] == pytest.approx(expected, rel=1e-5) and 0.01 < expected < 0.9
+        assert row["relative_error"] == pytest.approx(expected, rel=1e-5)
+        assert 0.01 < expected < 0.9
         assert row["sqnr_db"] == pytest.approx(-20 * math.log10(expected), rel=1e-5)
         scale = model.get_submodule(row["name"]).scale
-        assert torch.equal(scale, scale.bfloat16().float()) and scale.dtype == torch.float32
-    assert dequantize_model(model) == 14 and not any(isinstance(m, QLinear) for m in model.modules())
+        assert torch.equal(scale, scale.bfloat16().float())
+        assert scale.dtype == torch.float32
+    assert dequantize_model(model) == 14
+    assert not any(isinstance(m, QLinear) for m in model.modules())
     assert torch.equal(probe_logits(model, some_tokens()), logits)
 
 
@@ -84,7 +89,8 @@ def test_kd_loss_is_the_written_formula():
             kl += sum(float(p[v]) * math.log(p[v] / q[v]) for v in range(7))
     kl, ce = kl / count * temperature**2, ce / count
     assert count == 6
-    assert float(parts["kl"]) == pytest.approx(kl, rel=1e-5) and float(parts["ce"]) == pytest.approx(ce, rel=1e-5)
+    assert float(parts["kl"]) == pytest.approx(kl, rel=1e-5)
+    assert float(parts["ce"]) == pytest.approx(ce, rel=1e-5)
     assert float(loss) == pytest.approx(0.7 * kl + 0.3 * ce, rel=1e-5)
 
 
@@ -94,7 +100,8 @@ def test_kd_loss_gradients_go_to_the_student_only():
     labels = torch.tensor([[1, 2, -100, 3]])
     kd_loss(student, teacher, labels)[0].backward()
     assert teacher.grad is None
-    assert student.grad[0, [1, 3]].abs().max() == 0 and student.grad[0, [0, 2]].abs().min() > 0
+    assert student.grad[0, [1, 3]].abs().max() == 0
+    assert student.grad[0, [0, 2]].abs().min() > 0
     same = torch.randn(1, 4, 6)
     assert kd_loss(same, same, labels, KDLoss(1, 0))[0].abs() < 1e-6
     assert kd_loss(same, teacher, torch.full((1, 4), -100))[0] == 0
@@ -122,8 +129,11 @@ def test_groups_cover_each_parameter_once():
     ]  # fmt: skip
     by_id = {id(p): n for n, p in model.named_parameters()}
     found = {n: sorted(by_id[id(p)] for p in g["params"]) for n, g in groups.items()}
-    assert sorted(sum(found.values(), [])) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
-    assert all(n.endswith(("quantizer.scale", "quantizer.zero")) for n in found["scales"]) and len(found["scales"]) == 26
+    assert sorted(name for names in found.values() for name in names) == sorted(
+        n for n, p in model.named_parameters() if p.requires_grad
+    )
+    assert all(n.endswith(("quantizer.scale", "quantizer.zero")) for n in found["scales"])
+    assert len(found["scales"]) == 26
     assert all("norm" in n or n.endswith("bias") for n in found["vectors"])
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(model.requires_grad_(False), 1e-3, 1e-4, 0.0)
@@ -144,7 +154,8 @@ def test_frozen_layers_deploy_their_frozen_values(quantizer, symmetric):
     for name, w in frozen.items():
         assert torch.equal(w, expected[name])
     report = convert(model)
-    assert len(report.changed) == 14 and 0 < report.percent < 100
+    assert len(report.changed) == 14
+    assert 0 < report.percent < 100
     for name, w in frozen.items():
         assert torch.equal(model.get_submodule(name).dequantize(), w)
     for p in model.parameters():

@@ -25,7 +25,15 @@ from pyquant.recipes.kd_qat import KDLoss, convert, freeze, prepare
 
 SPEC = QuantSpec(3, 32)
 CONFIG = KDConfig(
-    steps=12, batch_size=3, seq_len=16, grad_accum=2, lr=2e-3, scale_lr=1e-3, warmup_steps=2, save_steps=3, weight_decay=0.01
+    steps=12,
+    batch_size=3,
+    seq_len=16,
+    grad_accum=2,
+    lr=2e-3,
+    scale_lr=1e-3,
+    warmup_steps=2,
+    save_steps=3,
+    weight_decay=0.01,
 )
 
 
@@ -33,7 +41,9 @@ def run(work_dir: Path, config: KDConfig = CONFIG, resume: bool = False, **kwarg
     """A run on the tiny model, with dropout so that the random generators matter: (student, history)."""
     teacher = tiny_llama()
     student = tiny_llama(attention_dropout=0.1)
-    history = train_kd(student, teacher, kwargs.pop("tokens", learnable_tokens()), config, SPEC, work_dir, resume, **kwargs)
+    history = train_kd(
+        student, teacher, kwargs.pop("tokens", learnable_tokens()), config, SPEC, work_dir, resume, **kwargs
+    )
     return student, history
 
 
@@ -57,7 +67,8 @@ def test_learns_and_leaves_the_teacher_alone(tmp_path):
     config = KDConfig(steps=30, batch_size=8, seq_len=16, lr=3e-3, scale_lr=1e-3, warmup_steps=2, loss=KDLoss(0.0, 1.0))
     history = train_kd(student, teacher, learnable_tokens(), config, SPEC, tmp_path, False, seen.append)
     assert [row["step"] for row in history] == list(range(1, 31)) == [row["step"] for row in seen]
-    assert set(history[0]) == {"step", "loss", "kl", "ce", "lr"} and "seconds" in seen[0]
+    assert set(history[0]) == {"step", "loss", "kl", "ce", "lr"}
+    assert "seconds" in seen[0]
     assert sum(r["ce"] for r in history[-3:]) < 0.7 * sum(r["ce"] for r in history[:3])
     assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), before.parameters(), strict=True))
     assert sum(isinstance(m, FakeQuantLinear) for m in student.modules()) == 14
@@ -83,7 +94,8 @@ SCRIPT = """
     import sys
     sys.path.insert(0, {tests!r})
     import test_trainer as t
-    t.run(t.Path({work!r}), t.KDConfig(**dict(vars(t.CONFIG), **{changes!r})), on_log=lambda row: print(row["step"], flush=True))
+    t.run(t.Path({work!r}), t.KDConfig(**dict(vars(t.CONFIG), **{changes!r})), on_log=lambda row: print(row["step"],
+    flush=True))
 """
 
 
@@ -115,7 +127,9 @@ def test_sigkill_then_resume_is_bit_exact(tmp_path, whole):
 
 def test_sigint_saves_the_step_and_resumes_bit_exact(tmp_path, whole):
     code, errors = killed(tmp_path, 4, signal.SIGINT)
-    assert code != 0 and "Interrupted" in errors and "after step" in errors
+    assert code != 0
+    assert "Interrupted" in errors
+    assert "after step" in errors
     saved = disk.step_of(disk.latest(tmp_path))
     assert 4 <= saved < 12
     student, history = run(tmp_path, resume=True)
@@ -135,7 +149,8 @@ def test_interrupted_names_the_step_and_restores_the_handler(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="after step 5") as caught:
         run(tmp_path, on_log=interrupt_at(5))
-    assert caught.value.step == 5 and disk.latest(tmp_path).name == "checkpoint-5"
+    assert caught.value.step == 5
+    assert disk.latest(tmp_path).name == "checkpoint-5"
     assert signal.getsignal(signal.SIGINT) is before
 
 
@@ -149,7 +164,10 @@ def test_freeze_in_the_middle_resumes_bit_exact(tmp_path, stop, quantizer):
     student, resumed = run(tmp_path / "cut", config, resume=True)
     assert resumed == history
     assert_same(student, straight)
-    assert sorted(n.split(".")[-1] for n, m in student.named_modules() if getattr(m, "frozen", False)) == ["o_proj"] * 2 + ["v_proj"] * 2
+    assert (
+        sorted(n.split(".")[-1] for n, m in student.named_modules() if getattr(m, "frozen", False))
+        == ["o_proj"] * 2 + ["v_proj"] * 2
+    )
 
 
 def test_ov_freeze_keeps_snapped_weights_and_deploys_them(tmp_path):
@@ -181,7 +199,8 @@ def test_finished_run_is_returned_again(tmp_path, whole):
     run(tmp_path)
     seen = []
     student, history = run(tmp_path, resume=True, on_log=seen.append)
-    assert history == whole[1] and seen == []
+    assert history == whole[1]
+    assert seen == []
     assert_same(student, whole[0])
 
 
@@ -235,7 +254,9 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr("pyquant.integrations.trainer.kd_loss", full)
-    with pytest.raises(RuntimeError, match=r"step 1 with batch_size=3, seq_len=16: lower batch_size.*gradient_checkpointing"):
+    with pytest.raises(
+        RuntimeError, match=r"step 1 with batch_size=3, seq_len=16: lower batch_size.*gradient_checkpointing"
+    ):
         run(tmp_path)
 
 
@@ -302,7 +323,10 @@ def test_resumed_state_matters(tmp_path, whole):
         run(tmp_path, on_log=interrupt_at(6))
     checkpoint = tmp_path / "checkpoint-6"
     tensors = disk.load_file(checkpoint / "optimizer.safetensors")
-    disk.save_file({k: torch.zeros_like(t) if "exp_avg" in k else t for k, t in tensors.items()}, checkpoint / "optimizer.safetensors")
+    disk.save_file(
+        {k: torch.zeros_like(t) if "exp_avg" in k else t for k, t in tensors.items()},
+        checkpoint / "optimizer.safetensors",
+    )
     sizes = {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.name != "manifest.json"}
     (checkpoint / "manifest.json").write_text(json.dumps(sizes))
     student, _ = run(tmp_path, resume=True)

@@ -75,7 +75,7 @@ def learnable_tokens(n: int = 24, length: int = 16, seed: int = 2) -> torch.Tens
 
 
 def shared(*parts: str) -> Path:
-    """A path of the shared data (``PYQUANT_DATA``, or ``../shared`` beside the repository); skips where it is absent."""
+    """A path of the shared data (``PYQUANT_DATA``, or ``../shared`` beside the repository); skips where absent."""
     root = Path(os.environ.get("PYQUANT_DATA") or Path(__file__).resolve().parents[2] / "shared")
     path = root.joinpath(*parts)
     if not path.exists():

@@ -18,16 +18,17 @@ def load_text(source: str, field: str = "text", split: str = "train", skip_chars
     """Read one long text.
 
     Args:
-        source: a text file (.txt, .md, .raw, .tokens, UTF-8), a .jsonl file, a folder of such files (read in the order of
-            their names), or a dataset of the Hub, ``"org/name"`` or ``"org/name:config"``. Documents (files, lines of a .jsonl,
-            rows of a dataset) are joined by a blank line.
+        source: a text file (.txt, .md, .raw, .tokens, UTF-8), a .jsonl file, a folder of such files (read in the order
+            of their names), or a dataset of the Hub, ``"org/name"`` or ``"org/name:config"``. Documents (files, lines
+            of a .jsonl, rows of a dataset) are joined by a blank line.
         field: column of a .jsonl or dataset that holds the text.
         split: split of a dataset.
         skip_chars: characters to drop from the beginning.
 
     Raises:
         FileNotFoundError: nothing there, and not the name of a dataset.
-        ValueError: an unknown suffix, text that is not UTF-8, a broken line or missing field, or fewer than ``skip_chars`` characters.
+        ValueError: an unknown suffix, text that is not UTF-8, a broken line or missing field, or fewer than
+            ``skip_chars`` characters.
         ImportError: a dataset is asked for and the package ``datasets`` is absent.
     """
     path = Path(source).expanduser()
@@ -41,7 +42,9 @@ def load_text(source: str, field: str = "text", split: str = "train", skip_chars
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source) and path.suffix not in (*TEXT_SUFFIXES, ".jsonl"):
         text = _read_dataset(source, field, split)
     else:
-        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor the name of a dataset (org/name[:config])")
+        raise FileNotFoundError(
+            f"{source} is neither a file, nor a folder, nor the name of a dataset (org/name[:config])"
+        )
     if skip_chars < 0:
         raise ValueError(f"skip_chars={skip_chars} must not be negative")
     if skip_chars >= len(text):
@@ -81,7 +84,9 @@ def _read_dataset(source: str, field: str, split: str) -> str:
     try:
         import datasets
     except ImportError:
-        raise ImportError(f"{source} is not a local file; reading it from the Hub needs: pip install datasets") from None
+        raise ImportError(
+            f"{source} is not a local file; reading it from the Hub needs: pip install datasets"
+        ) from None
     name, _, config = source.partition(":")
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
@@ -93,7 +98,8 @@ def _read_dataset(source: str, field: str, split: str) -> str:
 
 
 def windows(tokenizer: Any, text: str, length: int, count: int | None = None, source: str = "text") -> Tensor:
-    """Cut a text into windows of tokens, from its beginning, one after another; the rest that fills no window is dropped.
+    """Cut a text into windows of tokens, from its beginning, one after another; the rest that fills no window is
+    dropped.
 
     Args:
         tokenizer: a transformers tokenizer; no special tokens are added.
@@ -113,6 +119,8 @@ def windows(tokenizer: Any, text: str, length: int, count: int | None = None, so
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     n = len(ids) // length
     if n == 0:
-        raise ValueError(f"{source} has {len(ids):,} tokens ({len(text):,} characters), too few for one window of {length:,}")
+        raise ValueError(
+            f"{source} has {len(ids):,} tokens ({len(text):,} characters), too few for one window of {length:,}"
+        )
     n = n if count is None else min(n, count)
     return torch.tensor(ids[: n * length], dtype=torch.int64).view(n, length)

@@ -1,7 +1,7 @@
 """Write a quantized model for others to load: compressed-tensors (default) or GPTQ, safetensors only, all or nothing.
 
-The folder is written shard by shard beside its final place, flushed to disk, and renamed when it is complete; until then a
-previous folder stays as it is. What each format holds:
+The folder is written shard by shard beside its final place, flushed to disk, and renamed when it is complete; until
+then a previous folder stays as it is. What each format holds:
 
 * ``compressed-tensors``: ``pack-quantized``, every width 2..4 in its own bits, symmetric or not (see
   :mod:`pyquant.formats.int4`).
@@ -34,8 +34,8 @@ from pyquant.nn.linear import QLinear
 
 FORMATS = ("compressed-tensors", "gptq")
 COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken", "chat_template*",
-    "generation_config.json", "LICENSE*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.tiktoken",
+    "chat_template*", "generation_config.json", "LICENSE*",
 )  # fmt: skip
 _SHORT = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -75,11 +75,12 @@ def export(
     """Write a model with QLinear layers as a folder that other tools load.
 
     Args:
-        model: the quantized model; its floating tensors are stored in the source's dtype (bf16 for fp32) if that is exact, as
-            after :func:`~pyquant.recipes.rtn.rtn` and :func:`~pyquant.recipes.kd_qat.convert`; otherwise all in fp32 (and the
-            note says so).
+        model: the quantized model; its floating tensors are stored in the source's dtype (bf16 for an fp32 source) where
+            that holds them exactly, as after :func:`~pyquant.recipes.rtn.rtn` and
+            :func:`~pyquant.recipes.kd_qat.convert`; otherwise all in fp32 (and the note says so).
         tokenizer: saved when the source folder has no tokenizer files to copy; may be None.
-        source: folder (or Hub name) of the full-precision model: its config, tokenizer, generation config and licence go along.
+        source: folder (or Hub name) of the full-precision model: its config, tokenizer, generation config and licence
+            go along.
         out: the folder to write.
         spec: how the layers are quantized.
         fmt: ``compressed-tensors`` or ``gptq``.
@@ -101,7 +102,7 @@ def export(
     dtype, note = _stored_dtype(model, read_config(source))
     kept = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     if fmt == "gptq":
-        config = gptq_config(spec, kept)
+        config = gptq_config(spec, [name for name, m in model.named_modules() if isinstance(m, QLinear)], kept)
         tensors = _tensors(model, dtype, lambda _, layer: gptq_tensors(layer))
     else:
         config = compressed_tensors_config(spec, kept)
@@ -109,8 +110,9 @@ def export(
     notes = [note] if note else []
     if fmt == "compressed-tensors" and not spec.symmetric:
         notes.append(
-            "asymmetric: transformers 5.23 with compressed-tensors 0.18 to 0.20 refuses it (weight_zero_point size mismatch) "
-            "unless CompressedTensorsConfig(dequantize=True) is given (which rounds weights to the file's dtype); pyquant and transformers 5.17 load it as it is"
+            "asymmetric: transformers 5.23 with compressed-tensors 0.18 to 0.20 refuses it (weight_zero_point size "
+            "mismatch) unless CompressedTensorsConfig(dequantize=True) is given, which rounds weights to the file's "
+            "dtype; pyquant and transformers 5.17 load it as it is"
         )
     if spec.bits < 4:
         notes.append(f"codes are stored in {spec.bits} bits; servers' fast kernels are written for 4")
@@ -149,8 +151,8 @@ def verify(
     Args:
         out: the folder.
         tokens: int64 ``[B, T]``.
-        expected_logits: fp32 ``[B, T, V]`` of the model that was evaluated, in ``dtype`` on ``device``, for the same batch
-            (:func:`~pyquant.integrations.evaluate.probe_logits`).
+        expected_logits: fp32 ``[B, T, V]`` of the model that was evaluated, in ``dtype`` on ``device``, for the same
+            batch (:func:`~pyquant.integrations.evaluate.probe_logits`).
 
     Returns:
         the largest absolute difference, which is 0.

@@ -17,8 +17,16 @@ from pyquant.integrations.checkpoint import check_weights, read_config
 from pyquant.nn.linear import QLinear
 
 
-def gptq_config(spec: QuantSpec, kept: list[str]) -> dict[str, Any]:
-    """``quantization_config`` of a GPTQ checkpoint; ``kept`` are the linear layers in high precision."""
+def gptq_config(spec: QuantSpec, quantized: list[str], kept: list[str]) -> dict[str, Any]:
+    """``quantization_config`` of a GPTQ checkpoint.
+
+    Args:
+        spec: bits and group size.
+        quantized, kept: names of the linear layers in low and in high precision. Layers kept beside the output layer
+            are said
+            twice: in ``dynamic``, which GPTQModel reads, and in ``modules_in_block_to_quantize``, which transformers
+                reads.
+    """
     config = {
         "quant_method": "gptq",
         "bits": spec.bits,
@@ -32,6 +40,7 @@ def gptq_config(spec: QuantSpec, kept: list[str]) -> dict[str, Any]:
     }
     if others := [name for name in kept if name != "lm_head"]:
         config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in others}
+        config["modules_in_block_to_quantize"] = [quantized]
     return config
 
 
@@ -43,15 +52,17 @@ def check_gptq(name: str, layer: QLinear) -> None:
     """
     n, k = layer.out_features, layer.in_features
     if not layer.spec.symmetric:
-        raise ValueError("the GPTQ format is written for symmetric weights only; use compressed-tensors for asymmetric ones")
+        raise ValueError(
+            "the GPTQ format is written for symmetric weights only; use compressed-tensors for asymmetric ones"
+        )
     if n % 32 or k % 32:
         raise ValueError(f"{name} has N={n}, K={k}: GPTQ needs multiples of 32; use compressed-tensors")
     scale = int4.untile_scale(layer.scale, n, k, layer.spec.group_size)
     exact = scale.to(torch.float16).float() == scale.float()
     if not exact.all():
         raise ValueError(
-            f"{name}: GPTQ stores scales in float16, which does not hold {int((~exact).sum())} of {exact.numel()} of them "
-            "exactly; quantize with scale_dtype=torch.float16, or use compressed-tensors"
+            f"{name}: GPTQ stores scales in float16, which does not hold {int((~exact).sum())} of {exact.numel()} "
+            "of them exactly; quantize with scale_dtype=torch.float16, or use compressed-tensors"
         )
 
 
@@ -60,7 +71,9 @@ def gptq_tensors(layer: QLinear) -> dict[str, Tensor]:
     spec, n, k = layer.spec, layer.out_features, layer.in_features
     state = layer.portable()
     scale = state["weight_scale"]
-    zeros = torch.full((scale.shape[1], n), (1 << (spec.bits - 1)) - 1, dtype=torch.uint8, device=scale.device)  # zero - 1
+    zeros = torch.full(
+        (scale.shape[1], n), (1 << (spec.bits - 1)) - 1, dtype=torch.uint8, device=scale.device
+    )  # zero - 1
     width = k if spec.group_size == -1 else spec.group_size
     return {
         "qweight": state["weight_packed"].T.contiguous(),

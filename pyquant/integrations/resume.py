@@ -126,7 +126,11 @@ def _incomplete(checkpoint: Path) -> str | None:
 
 
 def save(
-    work_dir: Path, trainer_state: Any, model: nn.Module, optimizer: torch.optim.Optimizer, history: list[dict[str, Any]]
+    work_dir: Path,
+    trainer_state: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict[str, Any]],
 ) -> Path:
     """Write ``checkpoint-N`` and drop all but the last two.
 
@@ -166,7 +170,9 @@ def save(
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower():
             last = latest(work_dir)
             kept = f"; step {step_of(last)} is still there to resume from" if last else ""
-            raise OSError(errno.ENOSPC, f"the disk of {work_dir} is full: step {step} could not be saved{kept}") from error
+            raise OSError(
+                errno.ENOSPC, f"the disk of {work_dir} is full: step {step} could not be saved{kept}"
+            ) from error
         raise
     for old in work_dir.glob("checkpoint-*"):
         name = old.name.split("-", 1)[1]

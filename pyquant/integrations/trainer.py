@@ -1,14 +1,15 @@
 """KD-QAT on transformers' Trainer: exact resume, Ctrl-C that saves, and errors that say what to do.
 
-Exact means bit by bit: a run that was killed and resumed ends in the same weights as one that was not. Each step is a function
-of the checkpoint: weights, optimizer and schedule, random generators, and a data order fixed by the seed. That needs
-deterministic algorithms: ``torch.use_deterministic_algorithms(True)`` during training, ``CUBLAS_WORKSPACE_CONFIG`` set when this
-module is imported (it counts from the first matrix product on), and on a GPU attention by FlashAttention, whose backward has a
-deterministic mode, or by plain math where that does not apply; the memory-efficient and cuDNN backends are left out. The
-promise holds on the same machine, with the same thread count and library versions.
+Exact means bit by bit: a run that was killed and resumed ends in the same weights as one that was not. Each step is a
+function of the checkpoint: weights, optimizer and schedule, random generators, and a data order fixed by the seed.
+That needs deterministic algorithms: ``torch.use_deterministic_algorithms(True)`` during training,
+``CUBLAS_WORKSPACE_CONFIG`` set when this module is imported (it counts from the first matrix product on), and on a GPU
+attention by FlashAttention, whose backward has a deterministic mode, or by plain math where that does not apply; the
+memory-efficient and cuDNN backends are left out. The promise holds on the same machine, with the same thread count and
+library versions.
 
-Training is in fp32 master weights, under bf16 autocast on a GPU; one process, one device. Everything saved is safetensors or
-JSON (see :mod:`pyquant.integrations.resume`).
+Training is in fp32 master weights, under bf16 autocast on a GPU; one process, one device. Everything saved is
+safetensors or JSON (see :mod:`pyquant.integrations.resume`).
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def train_kd(
         the log of every step from the first, those before a resume included (without "seconds").
 
     Raises:
-        ValueError: tokens that do not fit, a quantized student, a spec or pattern that fits nothing, or (with ``resume``) inputs
-            that differ from the run in ``work_dir``, named.
+        ValueError: tokens that do not fit, a quantized student, a spec or pattern that fits nothing, or (with
+            ``resume``) inputs that differ from the run in ``work_dir``, named.
         FileExistsError: ``work_dir`` holds a run and ``resume`` is False.
         FloatingPointError: the loss is NaN or Inf; the message has the step.
         RuntimeError: out of GPU memory; the message says what to lower.
@@ -167,8 +168,8 @@ def train_kd(
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
                 f"out of GPU memory at step {trainer.state.global_step + 1} with batch_size={config.batch_size}, "
-                f"seq_len={config.seq_len}: lower batch_size (and raise grad_accum={config.grad_accum} by as much), lower seq_len, "
-                f"or set gradient_checkpointing (now {config.gradient_checkpointing})"
+                f"seq_len={config.seq_len}: lower batch_size (and raise grad_accum={config.grad_accum} by as much), "
+                f"lower seq_len, or set gradient_checkpointing (now {config.gradient_checkpointing})"
             ) from error
         finally:
             if config.gradient_checkpointing:
@@ -182,14 +183,21 @@ def train_kd(
 
 def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: KDConfig) -> None:
     if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] != config.seq_len or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens must be int64 [n >= 1, seq_len={config.seq_len}], got {tokens.dtype} {tuple(tokens.shape)}")
+        raise ValueError(
+            f"tokens must be int64 [n >= 1, seq_len={config.seq_len}], got {tokens.dtype} {tuple(tokens.shape)}"
+        )
     if student is teacher:
         raise ValueError("student and teacher are the same object; load the model twice or deepcopy it")
-    if any(isinstance(m, FakeQuantLinear) for m in student.modules()) or getattr(student, "hf_quantizer", None) is not None:
+    if (
+        any(isinstance(m, FakeQuantLinear) for m in student.modules())
+        or getattr(student, "hf_quantizer", None) is not None
+    ):
         raise ValueError("the student is already quantized; give the full-precision model")
     vocab = student.get_input_embeddings().num_embeddings
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab:
-        raise ValueError(f"tokens reach {int(tokens.max())}, the student's vocabulary has {vocab}: another tokenizer's?")
+        raise ValueError(
+            f"tokens reach {int(tokens.max())}, the student's vocabulary has {vocab}: another tokenizer's?"
+        )
     positions = getattr(student.config, "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         raise ValueError(f"seq_len={config.seq_len} is more than the {positions} positions of the model")
@@ -320,7 +328,9 @@ class _KDTrainer(Trainer):
         super().__init__(model=student, args=args, train_dataset=plan, optimizers=(optimizer, scheduler))
         self.model_accepts_loss_kwargs = False  # our loss is a mean per batch: divided by grad_accum
         self.autocast = (
-            torch.autocast(args.device.type, torch.bfloat16) if (on_gpu if config.bf16 is None else config.bf16) else None
+            torch.autocast(args.device.type, torch.bfloat16)
+            if (on_gpu if config.bf16 is None else config.bf16)
+            else None
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Steps(self))
@@ -339,7 +349,8 @@ class _KDTrainer(Trainer):
         loss, parts = kd_loss(outputs.logits, teacher_logits, labels, self.config.loss)
         if not torch.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} (kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} "
+                f"(kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
                 f"lower lr={self.config.lr} or scale_lr={self.config.scale_lr}"
             )
         self.parts.append(torch.stack([loss.detach(), parts["kl"], parts["ce"]]))

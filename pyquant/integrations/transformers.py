@@ -1,7 +1,7 @@
 """transformers plug-in: quantize while loading, load quantized checkpoints onto our kernels, save them for everyone.
 
-* ``AutoModelForCausalLM.from_pretrained(dir, quantization_config=PyQuantConfig(...))`` quantizes a full-precision checkpoint
-  by rounding to nearest, layer by layer as the weights arrive.
+* ``AutoModelForCausalLM.from_pretrained(dir, quantization_config=PyQuantConfig(...))`` quantizes a full-precision
+  checkpoint by rounding to nearest, layer by layer as the weights arrive.
 * :func:`load_model` loads a quantized checkpoint (compressed-tensors ``pack-quantized``, ours or another tool's) with
   :class:`~pyquant.nn.QLinear` in place of its linear layers.
 * ``save_pretrained`` of either writes compressed-tensors again, so any tool that reads that format reads it.
@@ -74,7 +74,9 @@ def spec_of(quantization_config: dict[str, Any], where: str = "the checkpoint") 
     """
 
     def refuse(what: str) -> ValueError:
-        return ValueError(f"{where} is not loadable here: {what}; QLinear reads pack-quantized integer weights of 2..4 bits")
+        return ValueError(
+            f"{where} is not loadable here: {what}; QLinear reads pack-quantized integer weights of 2..4 bits"
+        )
 
     if quantization_config.get("format") != "pack-quantized":
         raise refuse(f"its format is {quantization_config.get('format')!r}")
@@ -189,7 +191,7 @@ class _Quantize(ConversionOps):
 
 
 class PyQuantQuantizer(HfQuantizer):
-    """The plug-in that ``from_pretrained`` finds under ``quant_method: pyquant``; hooks as transformers 5 calls them."""
+    """What ``from_pretrained`` finds under ``quant_method: pyquant``; its hooks are those of transformers 5."""
 
     requires_calibration = False
 
@@ -220,7 +222,10 @@ class PyQuantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config, spec = self.quantization_config, self.quantization_config.spec
         if self.pre_quantized:
-            include, exclude = ["*"], [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and config.ignores(n)]
+            include, exclude = (
+                ["*"],
+                [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and config.ignores(n)],
+            )
             skip_experts = True  # a checkpoint is what it is: its experts load as they were saved
 
             def replace(name: str, linear: nn.Linear) -> nn.Module:
@@ -230,16 +235,24 @@ class PyQuantQuantizer(HfQuantizer):
             include, exclude, skip_experts = config.include, config.exclude, config.skip_experts
 
             def replace(name: str, linear: nn.Linear) -> nn.Module:
-                return linear  # keeps its weight until _Quantize has seen it: a key that the model lacks would be dropped
+                return (
+                    linear  # keeps its weight until _Quantize has seen it: a key that the model lacks would be dropped
+                )
 
         head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
-        tied = head and getattr(model.config, "tie_word_embeddings", False) and f"{head}.weight" in model.all_tied_weights_keys
+        tied = (
+            head
+            and getattr(model.config, "tie_word_embeddings", False)
+            and f"{head}.weight" in model.all_tied_weights_keys
+        )
         if tied and matches(head, include) and not matches(head, exclude):
             raise ValueError(f"{head} shares its weight with the embedding and cannot be quantized; exclude it")
         report = swap(model, spec, replace, include, exclude, skip_experts)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.targets = set(report.changed)
-        config.ignore = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in self.targets]
+        config.ignore = [
+            name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in self.targets
+        ]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -256,7 +269,9 @@ class PyQuantQuantizer(HfQuantizer):
                 continue
             for own, buffer in module.named_buffers():
                 if buffer.is_meta or not getattr(buffer, "_is_hf_initialized", False):
-                    raise ValueError(f"the checkpoint has no {name}.{own}, or quantizes other layers than its config says")
+                    raise ValueError(
+                        f"the checkpoint has no {name}.{own}, or quantizes other layers than its config says"
+                    )
             dtype = module.weight_scale.dtype
             try:
                 module.prepare()
@@ -278,8 +293,8 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
 
     Args:
         path: folder of the checkpoint, or its name on the Hub.
-        dtype: of scales, activations and all that is not quantized; ``"auto"`` is the checkpoint's. fp32 holds the values
-            of a bf16 or fp16 checkpoint exactly.
+        dtype: of scales, activations and all that is not quantized; ``"auto"`` is the checkpoint's. fp32 holds the
+            values of a bf16 or fp16 checkpoint exactly.
         device: where the model goes.
 
     Returns:
@@ -294,7 +309,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     if not quantization:
         raise ValueError(f"{folder} is not quantized: its config.json has no quantization_config")
     if quantization.get("quant_method") != "compressed-tensors":
-        raise ValueError(f"{folder} is {quantization.get('quant_method')!r}; only compressed-tensors checkpoints load here")
+        raise ValueError(
+            f"{folder} is {quantization.get('quant_method')!r}; only compressed-tensors checkpoints load here"
+        )
     check_weights(folder)
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = PyQuantConfig.from_compressed_tensors(quantization, str(folder)).fields()
@@ -318,7 +335,9 @@ def from_folder(folder: Path, config: Any, dtype: str | torch.dtype, device: str
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(key) for key in info.get(kind) or ()):
-            raise ValueError(f"{folder}: {len(found)} {kind.replace('_', ' ')} such as {found[0]}; the weights do not fit the config")
+            raise ValueError(
+                f"{folder}: {len(found)} {kind.replace('_', ' ')} such as {found[0]}; the weights do not fit the config"
+            )
     return model.eval().to(device)
 
 
@@ -337,8 +356,8 @@ def load_causal_lm(
 
     Raises:
         FileNotFoundError: no such folder, or no ``config.json`` in it.
-        ValueError: ``config.json`` broken, not a causal LM, already quantized, pickled weights only, a damaged or missing
-            weights file, tensors that do not fit, NaN or Inf weights, or no tokenizer.
+        ValueError: ``config.json`` broken, not a causal LM, already quantized, pickled weights only, a damaged or
+            missing weights file, tensors that do not fit, NaN or Inf weights, or no tokenizer.
     """
     folder = local_folder(path)
     config = read_config(folder)
@@ -354,5 +373,7 @@ def load_causal_lm(
     for name, p in model.named_parameters():
         if not torch.isfinite(p).all():
             bad = int((~torch.isfinite(p)).sum())
-            raise ValueError(f"{folder}: {name} has {bad:,} NaN or Inf value(s) of {p.numel():,}; the checkpoint is damaged")
+            raise ValueError(
+                f"{folder}: {name} has {bad:,} NaN or Inf value(s) of {p.numel():,}; the checkpoint is damaged"
+            )
     return model.to(device), tokenizer

@@ -4,7 +4,7 @@
 """
 
 RECIPES = {
-    "rtn": "round to nearest, ranges from the weights alone (min-max, or clipped to the smallest squared error); seconds",
+    "rtn": "round to nearest, ranges from the weights alone (min-max, or clipped for the least squared error); seconds",
     "kd-qat": "train weights and scales through the quantizer against the full-precision teacher; needs text and time",
 }
 

@@ -1,21 +1,22 @@
 """KD-QAT with ov-freeze: train a fake-quantized student against its full-precision self.
 
-After "Oh! We Freeze: Improving Quantized Knowledge Distillation via Signal Propagation Analysis for Large Language Models"
-(Bhardwaj et al., 2024, arXiv 2403.18159).
+After "Oh! We Freeze: Improving Quantized Knowledge Distillation via Signal Propagation Analysis for Large Language
+Models" (Bhardwaj et al., 2024, arXiv 2403.18159).
 
-From the paper: a full-precision teacher and a student that is its quantized copy, trained on public text with a weighted sum of
-KL divergence and cross-entropy; 4-bit weights, per channel, symmetric; and ov-freeze, the weights of v_proj and o_proj fixed at
-their quantized values while everything else adapts.
+From the paper: a full-precision teacher and a student that is its quantized copy, trained on public text with a
+weighted sum of KL divergence and cross-entropy; 4-bit weights, per channel, symmetric; and ov-freeze, the weights of
+v_proj and o_proj fixed at their quantized values while everything else adapts.
 
 Our reading, each a parameter:
 
-* the weights and the temperature of the loss (:class:`KDLoss`): the paper's are not known to us. Qualcomm's public example
-  (quic/aimet, ``llm_qat_kd``) uses 0.5 and 0.5 at temperature 1, but its "batchmean" KL is a sum over positions against a mean
-  for CE, which makes it nearly pure KL. Ours takes the mean over tokens for both; ``KDLoss(kl=1, ce=0)`` is closest to it.
+* the weights and the temperature of the loss (:class:`KDLoss`): the paper's are not known to us. Qualcomm's public
+  example (quic/aimet, ``llm_qat_kd``) uses 0.5 and 0.5 at temperature 1, but its "batchmean" KL is a sum over
+  positions against a mean for CE, which makes it nearly pure KL. Ours takes the mean over tokens for both;
+  ``KDLoss(kl=1, ce=0)`` is closest to it.
 * the quantizer: learned scales (LSQ, Esser et al. 2019) with their own learning rate; ``ste`` keeps min-max ranges.
 * the first range: ``rule`` of :func:`prepare`, min-max or clipped to the smallest squared error.
-* when ov-freeze happens: before the first step (call :func:`freeze` after :func:`prepare`), which is how we read "fixed at
-  their quantized values", or later; and for which layers.
+* when ov-freeze happens: before the first step (call :func:`freeze` after :func:`prepare`), which is how we read
+  "fixed at their quantized values", or later; and for which layers.
 * what else trains: every parameter that requires a gradient, embeddings and norms too.
 
 All functions work on plain modules; the loop around them is the caller's (``pyquant.integrations.trainer`` has one).
@@ -40,8 +41,8 @@ from pyquant.recipes.rtn import check_deployable
 class KDLoss:
     """Weights of the loss: ``kl * T^2 * KL(teacher_T || student_T) + ce * CE(student, labels)``.
 
-    Both terms are means over the same tokens. ``softmax(logits / T)`` has gradients of order 1/T^2, so the KL is multiplied by
-    T^2 (Hinton et al., 2015) and its weight keeps its meaning when T changes.
+    Both terms are means over the same tokens. ``softmax(logits / T)`` has gradients of order 1/T^2, so the KL is
+    multiplied by T^2 (Hinton et al., 2015) and its weight keeps its meaning when T changes.
 
     Args:
         kl, ce: weights, not negative, not both 0.
@@ -69,13 +70,13 @@ def kd_loss(
 
     Args:
         student_logits, teacher_logits: ``[B, T, V]`` bf16, fp16 or fp32; no gradient flows to the teacher.
-        labels: int64 ``[B, T]``, the input tokens, not shifted: position t is scored against ``labels[:, t + 1]``, and not at
-            all where that is -100. KL and CE use the same positions.
+        labels: int64 ``[B, T]``, the input tokens, not shifted: position t is scored against ``labels[:, t + 1]``, and
+            not at all where that is -100. KL and CE use the same positions.
         how: weights and temperature.
 
     Returns:
-        the loss (scalar, fp32) and its parts ``{"kl", "ce"}``, detached, before weighting, the KL with its T^2. Without any
-        label the loss is 0.
+        the loss (scalar, fp32) and its parts ``{"kl", "ce"}``, detached, before weighting, the KL with its T^2.
+        Without any label the loss is 0.
 
     Raises:
         ValueError: for shapes that do not fit.
@@ -86,7 +87,9 @@ def kd_loss(
             f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must agree"
         )
     if student_logits.dim() != 3 or labels.shape != student_logits.shape[:2]:
-        raise ValueError(f"logits {tuple(student_logits.shape)} must be [B, T, V] with labels {tuple(labels.shape)} [B, T]")
+        raise ValueError(
+            f"logits {tuple(student_logits.shape)} must be [B, T, V] with labels {tuple(labels.shape)} [B, T]"
+        )
     target = labels[:, 1:]
     mask = (target != -100).float()
     count = mask.sum().clamp_min(1)
@@ -109,12 +112,14 @@ def prepare(
     exclude: Iterable[str] = ("lm_head",),
     skip_experts: bool = False,
 ) -> SwapReport:
-    """Replace the linear layers of a model by :class:`~pyquant.nn.FakeQuantLinear`, in place; weights stay the same tensors.
+    """Replace the linear layers of a model by :class:`~pyquant.nn.FakeQuantLinear`, in place; weights stay the same
+    tensors.
 
     Args:
         model: any module with ``nn.Linear`` layers.
         spec: bits (2..4), group size, symmetry.
-        quantizer: name in :data:`pyquant.quantizers.QUANTIZERS`: ``lsq`` (learned scales) or ``ste`` (min-max at every step).
+        quantizer: name in :data:`pyquant.quantizers.QUANTIZERS`: ``lsq`` (learned scales) or ``ste`` (min-max at every
+            step).
         rule: how the first range is found, ``minmax`` or ``mse``.
         include, exclude: shell-style patterns on dotted names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing them.
@@ -161,7 +166,8 @@ def freeze(
 def parameter_groups(
     model: nn.Module, lr: float, scale_lr: float, weight_decay: float = 0.0
 ) -> list[dict[str, object]]:
-    """Optimizer groups: matrices, then vectors (norms, biases) without decay, then scales and zeros with their own rate.
+    """Optimizer groups: matrices, then vectors (norms, biases) without decay, then scales and zeros with their own
+    rate.
 
     Args:
         model: a model after :func:`prepare`; parameters that do not require a gradient are left out.
@@ -193,9 +199,9 @@ def parameter_groups(
 def convert(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> SwapReport:
     """Deploy: :class:`~pyquant.nn.FakeQuantLinear` to :class:`~pyquant.nn.QLinear`, in place.
 
-    Everything that will be stored is rounded to ``scale_dtype`` now: the scales before the codes are chosen, and the other
-    trained parameters (embeddings, norms, biases, excluded layers). Dtypes stay, so an fp32 model computes with exactly the
-    values that a bf16 file will hold: what is evaluated is what is loaded.
+    Everything that will be stored is rounded to ``scale_dtype`` now: the scales before the codes are chosen, and the
+    other trained parameters (embeddings, norms, biases, excluded layers). Dtypes stay, so an fp32 model computes with
+    exactly the values that a bf16 file will hold: what is evaluated is what is loaded.
 
     Raises:
         ValueError: when there is no FakeQuantLinear, or a weight went NaN or Inf.

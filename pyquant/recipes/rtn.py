@@ -29,10 +29,11 @@ def rtn(
     Args:
         model: any module with ``nn.Linear`` layers, weights ``[N, K]`` bf16, fp16 or fp32.
         spec: bits (2..4), group size, symmetry.
-        rule: ``minmax`` (the range covers the weight) or ``mse`` (clipped to the smallest squared error, group by group).
+        rule: ``minmax`` (the range covers the weight) or ``mse`` (clipped to the smallest squared error, group by
+            group).
         include, exclude: shell-style patterns on dotted names or their tails.
-        scale_dtype: dtype the scales will be stored in. They are rounded to it before the codes are chosen and held in the
-            weight's dtype, so a model in fp32 computes with the values that the file will have.
+        scale_dtype: dtype the scales will be stored in. They are rounded to it before the codes are chosen and held in
+            the weight's dtype, so a model in fp32 computes with the values that the file will have.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing them.
         on_layer: called with the name of each layer before it is quantized.
 
@@ -40,8 +41,8 @@ def rtn(
         which layers were changed, which were left and why.
 
     Raises:
-        ValueError: more than 4 bits, an unknown rule, a layer that does not fit the group size, NaN or Inf weights, fused
-            expert weights, or patterns that match nothing.
+        ValueError: more than 4 bits, an unknown rule, a layer that does not fit the group size, NaN or Inf weights,
+            fused expert weights, or patterns that match nothing.
     """
     spec = spec or QuantSpec()
     check_deployable(spec)
@@ -91,8 +92,8 @@ def layer_errors(before: Mapping[str, Tensor], model: nn.Module) -> list[dict[st
         model: the model after quantization; layers that are no QLinear are skipped.
 
     Returns:
-        rows ``{"name", "relative_error", "sqnr_db"}`` in the model's order: ``|w_hat - w| / |w|`` (Frobenius) and the same as
-        a signal-to-noise ratio in dB (``inf`` for an exact layer).
+        rows ``{"name", "relative_error", "sqnr_db"}`` in the model's order: ``|w_hat - w| / |w|`` (Frobenius) and the
+        same as a signal-to-noise ratio in dB (``inf`` for an exact layer).
     """
     rows = []
     for name, layer in model.named_modules():
