@@ -93,6 +93,11 @@ def _exit_for(error: BaseException, kwargs: dict[str, Any]) -> BaseException:
     return typer.Exit(1)
 
 
+def _typed(context: typer.Context) -> str:
+    """The command line as it was typed."""
+    return shlex.join(["pyquant", *context.find_root().obj])
+
+
 # ------------------------------------------------------------------------------------------------ progress and tables
 
 
@@ -283,9 +288,8 @@ def quantize(
     from pyquant.integrations.pipeline import quantize as run
     from pyquant.integrations.summary import accuracy_table, cost_lines
 
-    typed = shlex.join(["pyquant", *context.find_root().obj])
     with Progress() as progress:
-        result = run(settings, progress, typed).to_dict()
+        result = run(settings, progress, _typed(context)).to_dict()
     typer.echo("")
     if result["rows"]:
         table(*accuracy_table(result))
@@ -399,6 +403,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 @command
 def demo(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for texts, checkpoint and report.")] = Path("demo-out"),
     text: Annotated[str | None, typer.Option(help="Your own text, instead of text that the demo model writes.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each KD-QAT run.")] = None,
@@ -411,7 +416,7 @@ def demo(
     chosen: dict[str, Any] = {"steps": steps, "model": model, "text": text}
     settings = DemoConfig(out=out, seed=seed, **{key: value for key, value in chosen.items() if value is not None})
     with Progress() as progress:
-        result = run(settings, progress)
+        result = run(settings, progress, _typed(context))
     typer.echo("")
     table(result.columns, result.rows)
     for line in result.lines:

@@ -187,8 +187,8 @@ def _figure() -> tuple[Any, Any]:
 
 
 def _legend(axes: Any) -> None:
-    count = len(axes.get_legend_handles_labels()[1])
-    columns = min(count, 4)
+    labels = axes.get_legend_handles_labels()[1]
+    columns = min(len(labels), 4 if max(map(len, labels)) <= 12 else 2)  # a wider legend would squeeze the axes
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0)}
     axes.legend(frameon=False, labelcolor=GREY, fontsize=10, ncols=columns, **place)
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pyquant.report import Report, render, write_report
+from pyquant.report import Report, layer_figure, render, write_report
 
 LAYERS = [
     {"name": f"model.layers.{i}.{kind}", "relative_error": 0.1 + 0.01 * i, "sqnr_db": 20.0}
@@ -80,3 +80,11 @@ def test_several_runs_share_one_picture_each(report):
     report.layers = {"rtn": LAYERS, "kd": LAYERS}
     report.curves = {"a": CURVE, "b": CURVE[:1]}
     assert len(pictures(render(report))) == 2
+
+
+def test_long_labels_leave_the_axes_their_room():
+    figure = layer_figure({f"KD-QAT W3 per channel, variant {i}": LAYERS for i in range(4)})
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_legend().get_window_extent().width < figure.bbox.width
+    assert axes.get_window_extent().width > 0.8 * figure.bbox.width

@@ -62,10 +62,10 @@ class DemoConfig:
     out: Path
     model: str = str(BUNDLED)
     text: str | None = None
-    steps: int = 80
+    steps: int = 64
     batch_size: int = 8
     length: int = 256
-    train_windows: int = 384
+    train_windows: int = 512  # steps * batch_size: each is seen once
     eval_windows: int = 64
     lr: float = 2e-4
     scale_lr: float = 1e-4
@@ -99,7 +99,7 @@ class _Variant:
         return sum(row["relative_error"] for row in self.layers) / len(self.layers)
 
 
-def run(config: DemoConfig, on_event: OnEvent | None = None) -> DemoResult:
+def run(config: DemoConfig, on_event: OnEvent | None = None, command: str = "pyquant demo") -> DemoResult:
     """Run the demo.
 
     Returns:
@@ -134,7 +134,7 @@ def run(config: DemoConfig, on_event: OnEvent | None = None) -> DemoResult:
         verify(checkpoint, probe, expected)
     with clock("generate"):
         sentence = generate(load_model(checkpoint, torch.float32), tokenizer, config.prompt, 48, 0.7, config.seed)
-    return _publish(config, model, variants, floor, train, measure, sentence, clock)
+    return _publish(config, model, variants, floor, train, measure, sentence, clock, command)
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -246,6 +246,7 @@ def _publish(
     measure: Tensor,
     sentence: str,
     clock: Clock,
+    command: str,
 ) -> DemoResult:
     own = config.text is None
     columns = ["model", "perplexity", "change", "weight error"] + (["KL, nats/token"] if own else [])
@@ -284,7 +285,7 @@ def _publish(
         samples=[(f"Written by {last}, loaded from its checkpoint", sentence)],
         config={**asdict(config), "loss": "KL(teacher || student), temperature 1"},
         versions=versions("cpu"),
-        command="pyquant demo",
+        command=command,
     )
     write_report(report, config.out / "report.html")
     facts = {

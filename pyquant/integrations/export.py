@@ -75,9 +75,9 @@ def export(
     """Write a model with QLinear layers as a folder that other tools load.
 
     Args:
-        model: the quantized model; its floating tensors are stored in the source's dtype (bf16 for fp32) if that is exact, as
-            after :func:`~pyquant.recipes.rtn.rtn` and :func:`~pyquant.recipes.kd_qat.convert`; otherwise all in fp32 (and the
-            note says so).
+        model: the quantized model; its floating tensors are stored in the source's dtype (bf16 for an fp32 source) where
+            that holds them exactly, as after :func:`~pyquant.recipes.rtn.rtn` and
+            :func:`~pyquant.recipes.kd_qat.convert`; otherwise all in fp32 (and the note says so).
         tokenizer: saved when the source folder has no tokenizer files to copy; may be None.
         source: folder (or Hub name) of the full-precision model: its config, tokenizer, generation config and licence
             go along.
@@ -286,7 +286,9 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: in
     size, total, names = 0, 0, []
 
     def flush() -> None:
-        save_file(shard, folder / f"shard-{len(names)}", metadata={"format": "pt"})
+        file = folder / f"shard-{len(names)}"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(folder.stat().st_mode & 0o666)  # save_file leaves 0600, and servers often run as another user
         names.append(list(shard))
 
     for name, t in tensors:
