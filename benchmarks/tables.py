@@ -62,7 +62,13 @@ def fake_quant() -> str:
     found = _load("h200/fake_quant.json")
     ours = {(r["op"], r["N"], r["K"]): r for r in found["rows"] if r["impl"] == "pyquant"}
     rows = [
-        [op.removeprefix("fake_quant "), f"{n} x {k}", f"{r['roof_us']:.0f}", f"**{r['us']:.0f}**", f"{r['baseline_us']:.0f}"]
+        [
+            op.removeprefix("fake_quant "),
+            f"{n} x {k}",
+            f"{r['roof_us']:.0f}",
+            f"**{r['us']:.0f}**",
+            f"{r['baseline_us']:.0f}",
+        ]
         for (op, n, k), r in ours.items()
     ]
     return _about(found["meta"]) + "\n\n" + _table(["", "N x K", "roof", "pyquant", "torch eager"], rows)
@@ -73,7 +79,10 @@ def accuracy() -> str:
     found = _load("h200/accuracy.json")
     texts = found["meta"]["texts"]
     rows = [
-        [r["recipe"], *(f"{r['perplexity'][t]['quantized' if r['recipe'] != 'full precision' else 'fp']:.2f}" for t in texts)]
+        [
+            r["recipe"],
+            *(f"{r['perplexity'][t]['quantized' if r['recipe'] != 'full precision' else 'fp']:.2f}" for t in texts),
+        ]
         for r in found["rows"]
     ]
     return found["meta"]["about"] + "\n\n" + _table(["recipe", *texts], rows)
