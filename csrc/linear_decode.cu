@@ -4,24 +4,29 @@
 // operand (n8 tiles), so that no tensor-core row is wasted on missing tokens and the packed weight is loaded straight
 // into fragments.
 //
-//                      K of this block ->                 cluster along K: up to 8 blocks, each its own range of units
-//   strip   warp 0   [unit][unit][unit] ...               8 warps: warps 0-3 take even units, warps 4-7 odd ones
-//   64 rows warp 1      |
-//           warp 2    16 bytes a thread = 4 A fragments
+//                      K of this block ->                 cluster along K: up to 8 blocks, each its own range
+//   strip   warp 0   [pair][pair][pair] ...               a pair is 2 units, 128 columns; warps 0-3 take even pairs,
+//   64 rows warp 1      |                                 warps 4-7 odd ones
+//           warp 2    2 x 16 bytes a thread = 8 A fragments
 //           warp 3
 //
 // Per group the tensor cores add up integers times 16-bit values, and the fp32 sum is multiplied by the scale: the
 // weight is never rounded to 16 bits. For up to 16 tokens the integers are base + code as they come out of the bit
-// trick (base 128 in bf16, 1024 in fp16), and (base + zero) * sum(x) is taken away per group, with sum(x) from one more
-// product with a matrix of ones: 4 subtractions a word less. Above that the extra products cost more than the
-// subtractions.
+// trick (base 128 in bf16, 1024 in fp16), and (base + zero) * sum(x) is taken away per group; the sums of x are made
+// once a block, while x is staged. Above 16 tokens base + zero is subtracted from each weight.
 //
 // Partial sums of the warps meet in shared memory, those of the blocks of a cluster through distributed shared memory
 // in a fixed order: one launch, no workspace, no atomics, the same bits every time, on any stream and in any graph.
 //
-// Bound by memory: 0.516 bytes a weight at group 128. Each thread copies its own 16 bytes of the next 8 units ahead
-// into its own slots of shared memory (cp.async), so that 32 KB a block are on their way without holding registers.
+// Bound by memory: 0.516 bytes a weight at group 128. Each thread copies its own 32 bytes of the next pairs ahead into
+// its own slots of shared memory (cp.async), so that 32 KB a block are on their way without holding registers. The
+// launch is programmatic (sm_90): weights start streaming while the kernel before still runs, and x is read only after
+// it has ended. That is right because weights are never written by a kernel that lets its successor start early.
 // Below sm_90 there are no clusters: the cluster is one block (right, but slow when N is small).
+//
+// Tried and lost: weights in registers two chunks deep (80 to 212 registers, 2 blocks a multiprocessor); sums of x by a
+// product with a matrix of ones in every warp (as many tensor instructions again); one unit a step (86 instructions for
+// 32 weights a thread instead of about 50).
 #include <algorithm>
 
 #include "dequant.cuh"
@@ -33,13 +38,13 @@ namespace {
 
 constexpr int kHalves = 2;                        // groups of 4 warps
 constexpr int kThreads = kHalves * kUnitThreads;  // 256
-constexpr int kDepth = 8;                         // units on their way for each half: 32 KB of weights a block
+constexpr int kPairK = 2 * kUnitK;                // 128 columns: what a half takes at a time
+constexpr int kDepth = 4;                         // pairs on their way for each half: 32 KB of weights a block
 constexpr int kRowPad = 8;                        // elements between staged rows: ldmatrix without bank conflicts
 
 struct Problem {
     int64_t x_stride;
-    int m, n, k, units, groups;  // units = padded K / 64, groups as stored
-    int group_shift;             // group of column col is col >> group_shift; 31 when there is one group per row
+    int m, n, k, units, pairs, groups;  // units = padded K / 64, pairs of them (the last may be half), groups as stored
 };
 
 // 8 neighbours of x's row m from column col, zeros outside [0, M) x [0, K).
@@ -61,94 +66,124 @@ __device__ __forceinline__ uint4 load_x(const T* __restrict__ x, const Problem& 
 template <int TILES>
 struct Shape {
     static constexpr int kM = 8 * TILES;
-    static constexpr int kUnits = TILES == 1 ? 16 : 8;      // units of x staged at once
-    static constexpr int kRow = kUnits * kUnitK + kRowPad;  // elements from one staged row to the next
-    static constexpr bool kSumX = TILES <= 2;               // correct by sums of x instead of subtracting per weight
+    static constexpr int kPairs = TILES == 1 ? 8 : 4;  // pairs of x staged at once
+    static constexpr int kColumns = kPairs * kPairK;
+    static constexpr int kRow = kColumns + kRowPad;  // elements from one staged row to the next
+    static constexpr bool kSumX = TILES <= 2;        // correct by sums of x instead of subtracting per weight
+    static constexpr int kBlocks = TILES == 1 ? 4 : TILES == 2 ? 3 : 2;  // a multiprocessor
 };
 
-// A thread's own slots for kDepth units on their way from memory: nobody else reads them, so no barrier guards them.
-template <int GROUPS>
-struct Ring {
-    uint4 weight[kDepth][kThreads];
-    uint32_t scale[GROUPS][kDepth][kThreads];  // pairs: the scales of rows g and g + 8
+// Shared memory. GROUPS: groups of scales that a pair touches, 4 at group size 32, 2 at 64, else 1.
+template <typename T, int TILES, int GROUPS>
+struct Shared {
+    // A thread's own slots for weights and scales on their way: nobody else reads them, so no barrier guards them.
+    uint4 weight[kDepth][2][kThreads];
+    uint32_t scale[kDepth][GROUPS][kThreads];  // the scales of rows g and g + 8
+    T x[Shape<TILES>::kM][Shape<TILES>::kRow];
+    float sum_x[Shape<TILES>::kPairs][GROUPS][Shape<TILES>::kM];
 };
 
-// GROUPS of scales that a unit touches: 2 at group size 32, else 1.
-template <typename T, int TILES, int GROUPS, bool ZERO>
-__global__ void __launch_bounds__(kThreads, TILES == 1 ? 3 : 2)
+// Bring columns [first, first + columns) of x to shared memory, and their sums over each group.
+template <typename T, int TILES, int GROUPS>
+__device__ __forceinline__ void stage_x(Shared<T, TILES, GROUPS>& shared, const T* __restrict__ x, const Problem& p,
+                                        int first_m, int live, int first, int columns, bool vectors) {
+    using S = Shape<TILES>;
+    constexpr int kPieces = S::kColumns / 8;        // 16-byte pieces of a row
+    constexpr int kPerGroup = kPairK / GROUPS / 8;  // neighbouring lanes that hold one group
+    for (int base = 0; base < live * kPieces; base += kThreads) {
+        const int i = base + threadIdx.x, row = i / kPieces, col = i % kPieces * 8;
+        const bool wanted = row < live && col < columns;
+        uint4 piece = make_uint4(0, 0, 0, 0);
+        if (wanted) {
+            piece = load_x(x, p, first_m + row, first + col, vectors);
+            *reinterpret_cast<uint4*>(&shared.x[row][col]) = piece;
+        }
+        if constexpr (S::kSumX) {
+            const uint32_t two[4] = {piece.x, piece.y, piece.z, piece.w};
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) sum += Magic<T>::low(two[j]) + Magic<T>::high(two[j]);
+#pragma unroll
+            for (int lane = kPerGroup / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
+            if (wanted && threadIdx.x % kPerGroup == 0) {
+                shared.sum_x[col / kPairK][col % kPairK / (kPairK / GROUPS)][row] = sum;
+            }
+        }
+    }
+}
+
+template <typename T, int TILES, int GROUPS, bool PER_CHANNEL, bool ZERO>
+__global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
     decode_kernel(const T* __restrict__ x, const uint4* __restrict__ qweight, const T* __restrict__ scale,
                   const uint8_t* __restrict__ zero, const T* __restrict__ bias, T* __restrict__ y, Problem p,
                   int log_splits, bool vectors) {
     using S = Shape<TILES>;
-    extern __shared__ __align__(16) unsigned char shared[];
-    Ring<GROUPS>& ring = *reinterpret_cast<Ring<GROUPS>*>(shared);
-    T* staged = reinterpret_cast<T*>(shared + sizeof(Ring<GROUPS>));  // [kM][kRow]
-    float* sums = reinterpret_cast<float*>(shared);                   // [kM][kStrip + 1], once the ring is used up
+    extern __shared__ __align__(16) unsigned char memory[];
+    auto& shared = *reinterpret_cast<Shared<T, TILES, GROUPS>*>(memory);
+    float* sums = reinterpret_cast<float*>(memory);  // [kM][kStrip + 1], once the weights are used up
 
     const int thread = threadIdx.x, half = thread / kUnitThreads, warp = thread % kUnitThreads / 32, lane = thread % 32;
     const int g = lane / 4, c = lane % 4;
     const int splits = 1 << log_splits, split = blockIdx.x & (splits - 1), strip = blockIdx.x >> log_splits;
     const int first_m = blockIdx.y * S::kM, live = min(p.m - first_m, S::kM);
-    const int share = (p.units + splits - 1) >> log_splits;
-    const int begin = min(split * share, p.units), end = min(begin + share, p.units);
-    // Scales and zeros of this thread's two rows in group 0; a group further is kStrip further.
-    const int64_t first_pair = static_cast<int64_t>(strip) * p.groups * kStrip + 2 * (8 * warp + g);
-    const auto pair_at = [&](int unit, int j) { return ((unit * kUnitK + 32 * j) >> p.group_shift) * kStrip; };
+    const int share = (p.pairs + splits - 1) >> log_splits;
+    const int begin = min(split * share, p.pairs), end = min(begin + share, p.pairs);
+    ptx::launch_dependents();
 
-    int ahead = begin + half, slot = 0;  // the next unit to fetch, and the slot of the unit at hand
+    // Where this thread's two rows sit in group 0 of the strip; a group further is kStrip further.
+    const int64_t first_pair = static_cast<int64_t>(strip) * p.groups * kStrip + 2 * (8 * warp + g);
+    const auto group_at = [&](int pair, int group) { return PER_CHANNEL ? 0 : (pair * GROUPS + group) * kStrip; };
+
+    int ahead = begin + half, slot = 0;  // the next pair to fetch, and the slot of the pair at hand
     const uint4* weight =
-        qweight + (static_cast<int64_t>(strip) * p.units + ahead) * kUnitThreads + thread % kUnitThreads;
-    const T* pairs = scale + first_pair;
+        qweight + (static_cast<int64_t>(strip) * p.units + 2 * ahead) * kUnitThreads + thread % kUnitThreads;
     const auto fetch = [&](int to) {
         if (ahead < end) {
-            ptx::copy_async<16>(&ring.weight[to][thread], weight);
+            ptx::copy_async<16>(&shared.weight[to][0][thread], weight);
+            if (2 * ahead + 1 < p.units) ptx::copy_async<16>(&shared.weight[to][1][thread], weight + kUnitThreads);
 #pragma unroll
-            for (int j = 0; j < GROUPS; ++j) {
-                ptx::copy_async<4>(&ring.scale[j][to][thread], pairs + pair_at(ahead, j));
+            for (int i = 0; i < GROUPS; ++i) {
+                if (GROUPS == 1 || ahead * GROUPS + i < p.groups) {
+                    ptx::copy_async<4>(&shared.scale[to][i][thread], scale + first_pair + group_at(ahead, i));
+                }
             }
         }
         ptx::copy_async_commit();
         ahead += kHalves;
-        weight += kHalves * kUnitThreads;
+        weight += kHalves * 2 * kUnitThreads;
     };
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) fetch(i);
+    ptx::wait_for_predecessor();  // x and y may be another kernel's until here
 
     float total[TILES][4] = {};
-    for (int chunk = begin; chunk < end; chunk += S::kUnits) {
-        const int chunk_end = min(chunk + S::kUnits, end), columns = (chunk_end - chunk) * kUnitK;
+    for (int chunk = begin; chunk < end; chunk += S::kPairs) {
+        const int chunk_end = min(chunk + S::kPairs, end);
         __syncthreads();
-        for (int i = thread; i < live * (S::kUnits * kUnitK / 8); i += kThreads) {
-            const int row = i / (S::kUnits * kUnitK / 8), col = i % (S::kUnits * kUnitK / 8) * 8;
-            if (col < columns) {
-                *reinterpret_cast<uint4*>(staged + row * S::kRow + col) =
-                    load_x(x, p, first_m + row, chunk * kUnitK + col, vectors);
-            }
-        }
+        stage_x<T, TILES, GROUPS>(shared, x, p, first_m, live, chunk * kPairK, (chunk_end - chunk) * kPairK, vectors);
         __syncthreads();
-        const T* tile = staged + (lane % 8) * S::kRow + half * kUnitK + lane / 8 * 8;
-        for (int unit = chunk + half; unit < chunk_end; unit += kHalves, tile += kHalves * kUnitK) {
+        const T* tile = &shared.x[lane % 8][half * kPairK + lane / 8 * 8];
+        for (int pair = chunk + half; pair < chunk_end; pair += kHalves, tile += kHalves * kPairK) {
             ptx::copy_async_wait<kDepth - 1>();
-            const uint4 packed = ring.weight[slot][thread];
-            const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-            float part[TILES][4] = {}, sum_x[TILES][4] = {};
+            float part[TILES][4] = {};
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {  // 32 columns: one ldmatrix gives the B fragments of two k16 steps
+            for (int j = 0; j < 4; ++j) {  // 32 columns: one ldmatrix gives the B fragments of two k16 steps
+                const int group = j * GROUPS / 4;
                 int z[2] = {kSymmetricZero, kSymmetricZero};
-                if (ZERO) {
-                    const uchar2 pair = *reinterpret_cast<const uchar2*>(zero + first_pair + pair_at(unit, j));
-                    z[0] = pair.x;
-                    z[1] = pair.y;
+                if (ZERO && (GROUPS == 1 || pair * GROUPS + group < p.groups)) {
+                    const auto two = *reinterpret_cast<const uchar2*>(zero + first_pair + group_at(pair, group));
+                    z[0] = two.x;
+                    z[1] = two.y;
                 }
+                const uint2 words = reinterpret_cast<const uint2*>(&shared.weight[slot][j / 2][thread])[j % 2];
                 uint32_t a[2][4];
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    if constexpr (S::kSumX) {
-                        word_to_magic<T>(a[i], words[2 * j + i]);
-                    } else {
-                        const uint32_t offset[2] = {offset2<T>(z[0]), offset2<T>(z[1])};
-                        word_to_fragment<T>(a[i], words[2 * j + i], offset);
-                    }
+                if constexpr (S::kSumX) {
+                    word_to_magic<T>(a[0], words.x);
+                    word_to_magic<T>(a[1], words.y);
+                } else {
+                    const uint32_t offset[2] = {offset2<T>(z[0]), offset2<T>(z[1])};
+                    word_to_fragment<T>(a[0], words.x, offset);
+                    word_to_fragment<T>(a[1], words.y, offset);
                 }
 #pragma unroll
                 for (int t = 0; t < TILES; ++t) {
@@ -156,26 +191,25 @@ __global__ void __launch_bounds__(kThreads, TILES == 1 ? 3 : 2)
                     ptx::ldmatrix_x4(b, tile + 8 * t * S::kRow + 32 * j);
                     ptx::mma_m16n8k16(part[t], a[0], {b[0], b[1]}, T{});
                     ptx::mma_m16n8k16(part[t], a[1], {b[2], b[3]}, T{});
-                    if constexpr (S::kSumX) {
-                        constexpr uint32_t kOnes[4] = {Magic<T>::kOnes, Magic<T>::kOnes, Magic<T>::kOnes,
-                                                       Magic<T>::kOnes};
-                        ptx::mma_m16n8k16(sum_x[t], kOnes, {b[0], b[1]}, T{});
-                        ptx::mma_m16n8k16(sum_x[t], kOnes, {b[2], b[3]}, T{});
-                    }
                 }
-                if (GROUPS == 2 || j == 1) {
-                    const uint32_t pair = ring.scale[GROUPS == 2 ? j : 0][slot][thread];
-                    const float s[2] = {Magic<T>::low(pair), Magic<T>::high(pair)};
+                if ((j + 1) * GROUPS % 4 == 0) {  // the last columns of a group
+                    const uint32_t two = shared.scale[slot][group][thread];
+                    const float s[2] = {Magic<T>::low(two), Magic<T>::high(two)};
 #pragma unroll
                     for (int t = 0; t < TILES; ++t) {
+                        float2 sum_x = make_float2(0.0f, 0.0f);
+                        if constexpr (S::kSumX) {
+                            sum_x = *reinterpret_cast<const float2*>(&shared.sum_x[pair - chunk][group][8 * t + 2 * c]);
+                        }
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             float value = part[t][e];
-                            if constexpr (S::kSumX) value -= (Magic<T>::kBase + z[e / 2]) * sum_x[t][e % 2];
+                            if constexpr (S::kSumX) {
+                                value -= (Magic<T>::kBase + z[e / 2]) * (e % 2 ? sum_x.y : sum_x.x);
+                            }
                             total[t][e] += s[e / 2] * value;
+                            part[t][e] = 0.0f;
                         }
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) part[t][e] = sum_x[t][e] = 0.0f;
                     }
                 }
             }
@@ -237,13 +271,13 @@ __global__ void __launch_bounds__(kThreads, TILES == 1 ? 3 : 2)
 
 // log2 of the blocks along K for one strip: the fewest that fill every multiprocessor evenly, two blocks on each at
 // least.
-int choose_log_splits(int64_t strips, int64_t units, int multiprocessors, int major) {
+int choose_log_splits(int64_t strips, int64_t pairs, int multiprocessors, int major) {
     if (major < 9) return 0;
     int best = 0;
     double best_cost = 1e30;
     for (int log = 0; log <= 3; ++log) {
         const int64_t splits = 1 << log, blocks = strips * splits;
-        if (log > 0 && units < 4 * splits) break;
+        if (log > 0 && pairs < 2 * splits) break;
         double cost = static_cast<double>(ceil_div(blocks, multiprocessors)) / splits * (1.0 + 0.03 * log);
         if (blocks < 2 * multiprocessors) cost *= 1.5;
         if (cost < best_cost) {
@@ -268,20 +302,20 @@ Device current_device() {
     return d;
 }
 
-template <typename T, int TILES, int GROUPS, bool ZERO>
+template <typename T, int TILES, int GROUPS, bool PER_CHANNEL, bool ZERO>
 void launch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* zero, const T* bias, T* y,
             const Problem& p, cudaStream_t stream) {
     constexpr int M = Shape<TILES>::kM;
-    const auto kernel = decode_kernel<T, TILES, GROUPS, ZERO>;
-    constexpr size_t bytes = sizeof(Ring<GROUPS>) + sizeof(T) * M * Shape<TILES>::kRow;
-    static_assert(bytes >= sizeof(float) * M * (kStrip + 1), "the sums reuse the ring and the staged x");
+    const auto kernel = decode_kernel<T, TILES, GROUPS, PER_CHANNEL, ZERO>;
+    constexpr size_t bytes = sizeof(Shared<T, TILES, GROUPS>);
+    static_assert(bytes >= sizeof(float) * M * (kStrip + 1), "the sums reuse it");
     // Asked for at every launch: the attribute belongs to a device, and setting it again costs less than remembering
     // where it is set.
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
                "linear_w4a16: shared memory");
     const Device device = current_device();
     const int64_t strips = ceil_div(p.n, kStrip);
-    const int log_splits = choose_log_splits(strips, p.units, device.multiprocessors, device.major),
+    const int log_splits = choose_log_splits(strips, p.pairs, device.multiprocessors, device.major),
               splits = 1 << log_splits;
     const int64_t row_tiles = ceil_div(p.m, M);
     require(row_tiles <= 65535, "linear_w4a16: M=" + std::to_string(p.m) + " is too large for one launch");
@@ -291,12 +325,19 @@ void launch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* z
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = splits;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute;
-    config.numAttrs = splits > 1 ? 1 : 0;
+    cudaLaunchAttribute attributes[2]{};
+    config.attrs = attributes;
+    if (splits > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs].val.clusterDim.x = splits;
+        attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+        ++config.numAttrs;
+    }
+    if (device.major >= 9) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        ++config.numAttrs;
+    }
     const bool vectors = p.k % 8 == 0 && p.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, x, reinterpret_cast<const uint4*>(qweight), scale, zero, bias, y, p,
                                   log_splits, vectors),
@@ -305,18 +346,30 @@ void launch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* z
 
 template <typename T>
 void dispatch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* zero, const T* bias, T* y,
-              const Problem& p, cudaStream_t stream) {
-    const auto with_tiles = [&](auto groups, auto zeros) {
+              const Problem& p, int64_t group_size, cudaStream_t stream) {
+    const auto with_tiles = [&](auto groups, auto per_channel, auto zeros) {
         constexpr int kGroups = decltype(groups)::value;
-        constexpr bool kZero = decltype(zeros)::value;
-        if (p.m <= 8) return launch<T, 1, kGroups, kZero>(x, qweight, scale, zero, bias, y, p, stream);
-        if (p.m <= 16) return launch<T, 2, kGroups, kZero>(x, qweight, scale, zero, bias, y, p, stream);
-        if (p.m <= 32) return launch<T, 4, kGroups, kZero>(x, qweight, scale, zero, bias, y, p, stream);
-        return launch<T, 8, kGroups, kZero>(x, qweight, scale, zero, bias, y, p, stream);
+        constexpr bool kPerChannel = decltype(per_channel)::value, kZero = decltype(zeros)::value;
+        const auto run = [&](auto tiles) {
+            launch<T, decltype(tiles)::value, kGroups, kPerChannel, kZero>(x, qweight, scale, zero, bias, y, p, stream);
+        };
+        if (p.m <= 8) return run(std::integral_constant<int, 1>{});
+        if (p.m <= 16) return run(std::integral_constant<int, 2>{});
+        if (p.m <= 32) return run(std::integral_constant<int, 4>{});
+        return run(std::integral_constant<int, 8>{});
     };
     const auto with_groups = [&](auto zeros) {
-        if (p.group_shift == 5) return with_tiles(std::integral_constant<int, 2>{}, zeros);
-        return with_tiles(std::integral_constant<int, 1>{}, zeros);
+        using No = std::false_type;
+        switch (group_size) {
+            case 32:
+                return with_tiles(std::integral_constant<int, 4>{}, No{}, zeros);
+            case 64:
+                return with_tiles(std::integral_constant<int, 2>{}, No{}, zeros);
+            case 128:
+                return with_tiles(std::integral_constant<int, 1>{}, No{}, zeros);
+            default:
+                return with_tiles(std::integral_constant<int, 1>{}, std::true_type{}, zeros);
+        }
     };
     zero ? with_groups(std::true_type{}) : with_groups(std::false_type{});
 }
@@ -331,18 +384,18 @@ void linear_w4a16(const void* x, int64_t x_stride, int dtype, const int32_t* qwe
     require(group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128,
             "linear_w4a16: group_size=" + std::to_string(group_size) + " must be 32, 64, 128 or -1");
     require(std::max({m, n, k}) < (1 << 30), "linear_w4a16: a size of 2^30 or more is not supported");
-    const int shift = group_size < 0 ? 31 : group_size == 32 ? 5 : group_size == 64 ? 6 : 7;
+    const int units = static_cast<int>(ceil_div(k, kUnitK));
     const Problem p{x_stride,
                     static_cast<int>(m),
                     static_cast<int>(n),
                     static_cast<int>(k),
-                    static_cast<int>(ceil_div(k, kUnitK)),
-                    static_cast<int>(tiled_groups(k, group_size)),
-                    shift};
+                    units,
+                    (units + 1) / 2,
+                    static_cast<int>(tiled_groups(k, group_size))};
     const auto run = [&](auto type) {
         using T = decltype(type);
         dispatch<T>(static_cast<const T*>(x), qweight, static_cast<const T*>(scale), zero, static_cast<const T*>(bias),
-                    static_cast<T*>(y), p, stream);
+                    static_cast<T*>(y), p, group_size, stream);
     };
     dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
 }
