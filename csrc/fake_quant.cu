@@ -180,12 +180,15 @@ void fake_quant_backward(const void* grad, int64_t grad_stride, const void* w, i
                 static_cast<T*>(dw), dscale, dzero, n, k, group, groups, range, grad_scale);
         };
         using Wide = std::integral_constant<int, 16 / sizeof(T)>;
+        using Four = std::integral_constant<int, 4>;  // a warp on a group of 128: 16 bytes a lane would idle half of it
         using One = std::integral_constant<int, 1>;
         using Warp = std::integral_constant<int, 32>;
         using Block = std::integral_constant<int, 256>;
         const bool wide = vectors_fit<T>({grad, w, dw}, {grad_stride, w_stride, k, group});
         if (group > 1024) {
             wide ? launch(Wide{}, Block{}) : launch(One{}, Block{});
+        } else if (wide && group < 256) {
+            launch(Four{}, Warp{});
         } else {
             wide ? launch(Wide{}, Warp{}) : launch(One{}, Warp{});
         }
