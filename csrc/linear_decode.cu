@@ -66,10 +66,9 @@ __device__ __forceinline__ uint4 load_x(const T* __restrict__ x, const Problem& 
 template <int TILES>
 struct Shape {
     static constexpr int kM = 8 * TILES;
-    static constexpr int kPairs = TILES == 1 ? 8 : 4;  // pairs of x staged at once
-    static constexpr int kColumns = kPairs * kPairK;
-    static constexpr int kRow = kColumns + kRowPad;  // elements from one staged row to the next
-    static constexpr bool kSumX = TILES <= 2;        // correct by sums of x instead of subtracting per weight
+    static constexpr int kPairs = TILES == 1 ? 8 : 4;       // pairs of x staged at once when all kM rows are used
+    static constexpr int kRow = kPairs * kPairK + kRowPad;  // elements from one staged row to the next
+    static constexpr bool kSumX = TILES <= 2;               // correct by sums of x instead of subtracting per weight
     static constexpr int kBlocks = TILES == 1 ? 4 : TILES == 2 ? 3 : 2;  // a multiprocessor
 };
 
@@ -78,25 +77,40 @@ template <typename T, int TILES, int GROUPS>
 struct Shared {
     // A thread's own slots for weights and scales on their way: nobody else reads them, so no barrier guards them.
     uint4 weight[kDepth][2][kThreads];
-    uint32_t scale[kDepth][GROUPS][kThreads];  // the scales of rows g and g + 8
-    T x[Shape<TILES>::kM][Shape<TILES>::kRow];
-    float sum_x[Shape<TILES>::kPairs][GROUPS][Shape<TILES>::kM];
+    uint32_t scale[kDepth][GROUPS][kThreads];                       // the scales of rows g and g + 8
+    T x[Shape<TILES>::kM * Shape<TILES>::kRow];                     // [rows][row], see Window
+    float sum_x[Shape<TILES>::kPairs * GROUPS * Shape<TILES>::kM];  // [pair][group][rows]
+};
+
+// How the memory for x is used: the fewer tokens, the more columns of each fit, and the fewer barriers a block needs.
+template <int TILES>
+struct Window {
+    int rows, pairs, row;  // tokens kept apart, pairs of columns at once, elements from one token to the next
+    int log_pieces;        // log2 of a token's 16-byte pieces
+
+    __device__ explicit Window(int live) {
+        rows = TILES > 1 || live > 4 ? Shape<TILES>::kM : live > 2 ? 4 : 2;
+        pairs = Shape<TILES>::kPairs * Shape<TILES>::kM / rows;
+        row = pairs * kPairK + kRowPad;
+        log_pieces = 31 - __clz(pairs * kPairK / 8);
+    }
 };
 
 // Bring columns [first, first + columns) of x to shared memory, and their sums over each group.
 template <typename T, int TILES, int GROUPS>
 __device__ __forceinline__ void stage_x(Shared<T, TILES, GROUPS>& shared, const T* __restrict__ x, const Problem& p,
-                                        int first_m, int live, int first, int columns, bool vectors) {
+                                        Window<TILES> window, int first_m, int live, int first, int columns,
+                                        bool vectors) {
     using S = Shape<TILES>;
-    constexpr int kPieces = S::kColumns / 8;        // 16-byte pieces of a row
     constexpr int kPerGroup = kPairK / GROUPS / 8;  // neighbouring lanes that hold one group
-    for (int base = 0; base < live * kPieces; base += kThreads) {
-        const int i = base + threadIdx.x, row = i / kPieces, col = i % kPieces * 8;
+    for (int i = threadIdx.x; i / 32 * 32 < live << window.log_pieces;
+         i += kThreads) {  // whole warps, for the shuffles
+        const int row = i >> window.log_pieces, col = (i & ((1 << window.log_pieces) - 1)) * 8;
         const bool wanted = row < live && col < columns;
         uint4 piece = make_uint4(0, 0, 0, 0);
         if (wanted) {
             piece = load_x(x, p, first_m + row, first + col, vectors);
-            *reinterpret_cast<uint4*>(&shared.x[row][col]) = piece;
+            *reinterpret_cast<uint4*>(&shared.x[row * window.row + col]) = piece;
         }
         if constexpr (S::kSumX) {
             const uint32_t two[4] = {piece.x, piece.y, piece.z, piece.w};
@@ -106,7 +120,7 @@ __device__ __forceinline__ void stage_x(Shared<T, TILES, GROUPS>& shared, const 
 #pragma unroll
             for (int lane = kPerGroup / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
             if (wanted && threadIdx.x % kPerGroup == 0) {
-                shared.sum_x[col / kPairK][col % kPairK / (kPairK / GROUPS)][row] = sum;
+                shared.sum_x[col / (kPairK / GROUPS) * window.rows + row] = sum;
             }
         }
     }
@@ -156,13 +170,17 @@ __global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
     for (int i = 0; i < kDepth; ++i) fetch(i);
     ptx::wait_for_predecessor();  // x and y may be another kernel's until here
 
+    const Window<TILES> window(live);
+    const int sum_token =
+        2 * c < window.rows ? 2 * c : 0;  // tokens past the last have no sums; their columns are not read
     float total[TILES][4] = {};
-    for (int chunk = begin; chunk < end; chunk += S::kPairs) {
-        const int chunk_end = min(chunk + S::kPairs, end);
+    for (int chunk = begin; chunk < end; chunk += window.pairs) {
+        const int chunk_end = min(chunk + window.pairs, end);
         __syncthreads();
-        stage_x<T, TILES, GROUPS>(shared, x, p, first_m, live, chunk * kPairK, (chunk_end - chunk) * kPairK, vectors);
+        stage_x<T, TILES, GROUPS>(shared, x, p, window, first_m, live, chunk * kPairK, (chunk_end - chunk) * kPairK,
+                                  vectors);
         __syncthreads();
-        const T* tile = &shared.x[lane % 8][half * kPairK + lane / 8 * 8];
+        const T* tile = &shared.x[min(lane % 8, window.rows - 1) * window.row + half * kPairK + lane / 8 * 8];
         for (int pair = chunk + half; pair < chunk_end; pair += kHalves, tile += kHalves * kPairK) {
             ptx::copy_async_wait<kDepth - 1>();
             float part[TILES][4] = {};
@@ -188,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
 #pragma unroll
                 for (int t = 0; t < TILES; ++t) {
                     uint32_t b[4];
-                    ptx::ldmatrix_x4(b, tile + 8 * t * S::kRow + 32 * j);
+                    ptx::ldmatrix_x4(b, tile + 8 * t * window.row + 32 * j);
                     ptx::mma_m16n8k16(part[t], a[0], {b[0], b[1]}, T{});
                     ptx::mma_m16n8k16(part[t], a[1], {b[2], b[3]}, T{});
                 }
@@ -199,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
                     for (int t = 0; t < TILES; ++t) {
                         float2 sum_x = make_float2(0.0f, 0.0f);
                         if constexpr (S::kSumX) {
-                            sum_x = *reinterpret_cast<const float2*>(&shared.sum_x[pair - chunk][group][8 * t + 2 * c]);
+                            const int at = ((pair - chunk) * GROUPS + group) * window.rows + 8 * t + sum_token;
+                            sum_x = *reinterpret_cast<const float2*>(&shared.sum_x[at]);
                         }
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
