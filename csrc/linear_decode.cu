@@ -288,23 +288,17 @@ __global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
 #endif
 }
 
-// log2 of the blocks along K for one strip: the fewest that fill every multiprocessor evenly, two blocks on each at
-// least.
+// log2 of the blocks along K for one strip: the fewest that give each multiprocessor about two blocks, and twice as
+// many where four fit and each still has a dozen pairs. More blocks hide latency; fewer leave room for the next kernel
+// of the stream to bring its weights in meanwhile. benchmarks/NOTES.md has the sweep.
 int choose_log_splits(int64_t strips, int64_t pairs, int multiprocessors, int major) {
     if (major < 9) return 0;
-    int best = 0;
-    double best_cost = 1e30;
-    for (int log = 0; log <= 3; ++log) {
-        const int64_t splits = 1 << log, blocks = strips * splits;
-        if (log > 0 && pairs < 2 * splits) break;
-        double cost = static_cast<double>(ceil_div(blocks, multiprocessors)) / splits * (1.0 + 0.03 * log);
-        if (blocks < 2 * multiprocessors) cost *= 1.5;
-        if (cost < best_cost) {
-            best = log;
-            best_cost = cost;
-        }
-    }
-    return best;
+    const auto pairs_of = [&](int log) { return pairs >> log; };
+    int log = 0;
+    while (log < 3 && (strips << log) * 10 < 19 * multiprocessors && pairs_of(log + 1) >= 2) ++log;
+    const bool room = (strips << log) * 2 <= 4 * multiprocessors;
+    if (log < 3 && ((room && pairs_of(log) >= 24) || pairs_of(log) >= 64)) ++log;
+    return log;
 }
 
 struct Device {
