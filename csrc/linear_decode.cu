@@ -159,6 +159,8 @@ __global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
             for (int i = 0; i < GROUPS; ++i) {
                 if (GROUPS == 1 || ahead * GROUPS + i < p.groups) {
                     ptx::copy_async<4>(&shared.scale[to][i][thread], scale + first_pair + group_at(ahead, i));
+                } else {
+                    shared.scale[to][i][thread] = 0;  // x is 0 there, but what lies in the slot may be NaN
                 }
             }
         }
