@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", help="name=folder that pyquant quantize wrote, all of one model and texts")
     parser.add_argument("--about", required=True, help="one sentence: the model, the texts, the windows")
+    parser.add_argument("--commit", default="unknown", help="the commit that made the runs")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     rows, texts = [], None
@@ -27,11 +29,16 @@ def main() -> None:
         rows.append(
             {
                 "recipe": name, "perplexity": found, "spec": report["spec"], "range": report["config"]["range"], "kd": kd,
-                "seconds": report["seconds"], "max_difference": report["max_difference"], "versions": report["versions"],
+                "seconds": report["seconds"], "max_difference": report["max_difference"],
+                "versions": {k: v for k, v in report["versions"].items() if k != "platform"},
             }
         )  # fmt: skip
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"meta": {"about": args.about, "texts": texts}, "rows": rows}, indent=1) + "\n")
+    meta = {
+        "about": args.about, "texts": texts, "commit": args.commit, "date": datetime.date.today().isoformat(),
+        "gpu": rows[-1]["versions"].get("device"),
+    }  # fmt: skip
+    args.out.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def accuracy() -> str:
         ]
         for r in found["rows"]
     ]
-    return found["meta"]["about"] + "\n\n" + _table(["recipe", *texts], rows)
+    about = f"{found['meta']['about']} {found['meta']['gpu']}, commit {found['meta']['commit'][:12]}."
+    return about + "\n\n" + _table(["recipe", *texts], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy}

@@ -1,0 +1,35 @@
+"""The numbers in README are those in benchmarks/results, and the files there say where they come from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+
+
+def test_readme_tables_are_generated():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+def test_results_name_machine_and_commit(path):
+    found = json.loads(path.read_text())
+    assert len(found["meta"]["commit"]) == 40
+    assert found["meta"]["gpu"]
+    assert found["rows"]
+
+
+def test_linear_is_faster_than_cublas_for_one_token():
+    rows = json.loads((ROOT / "benchmarks/results/h200/linear.json").read_text())["rows"]
+    single = [r for r in rows if r["impl"] == "pyquant" and r["M"] == 1]
+    assert len(single) == 5
+    assert all(r["us"] < r["baseline_us"] for r in single)
