@@ -74,9 +74,9 @@ def fake_quant() -> str:
     return _about(found["meta"]) + "\n\n" + _table(["", "N x K", "roof", "pyquant", "torch eager"], rows)
 
 
-def accuracy() -> str:
+def accuracy(name: str = "h200/accuracy.json") -> str:
     """Perplexities before and after, from the reports of ``pyquant quantize``."""
-    found = _load("h200/accuracy.json")
+    found = _load(name)
     texts = found["meta"]["texts"]
     rows = [
         [
@@ -89,7 +89,12 @@ def accuracy() -> str:
     return about + "\n\n" + _table(["recipe", *texts], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy}
+def ptq() -> str:
+    """The same for post-training quantization on a CPU."""
+    return accuracy("cpu/ptq.json")
+
+
+TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy, "ptq": ptq}
 
 
 def fill(readme: str) -> str:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pyquant.integrations.config import KDSettings, QuantizeConfig, load_config
+from pyquant.integrations.config import SECTIONS, KDSettings, QuantizeConfig, load_config
 
 # Threads that wait for their siblings by spinning cost a busy machine most of its time: up to ten times the work was
 # measured on two shared cores with small matrices. OpenMP reads this when torch is imported, which is later.
@@ -178,8 +178,8 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 
 def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any:
     """A flag of ``quantize`` whose default is the configuration's, so that a YAML file can stand between the two."""
-    fields = KDSettings.model_fields if field.startswith("kd.") else QuantizeConfig.model_fields
-    info = fields[field.removeprefix("kd.")]
+    section, _, own = field.rpartition(".")
+    info = (SECTIONS[section] if section else QuantizeConfig).model_fields[own]
     default = info.get_default(call_default_factory=True, validated_data={})
     shown = "all" if default is None and field == "eval_windows" else default
     shown = ",".join(shown) if isinstance(shown, tuple) else shown
@@ -190,6 +190,7 @@ def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any
 
 
 _KD = "Training (--recipe kd-qat)"
+_GPTQ = "Calibration (--recipe gptq)"
 _EVAL = "Evaluation"
 _HOW = "Format of the weights"
 
@@ -203,7 +204,7 @@ def quantize(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
-    calibration: Annotated[str | None, _option("calibration", "--calibration", text="Training text of kd-qat.")] = None,
+    calibration: Annotated[str | None, _option("calibration", "--calibration", text="Text of gptq and kd-qat.")] = None,
     file_format: Annotated[str | None, _option("format", "--format", text="")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace --out, start anew.")] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Continue interrupted work.")] = None,
@@ -238,6 +239,18 @@ def quantize(
         int | None,
         _option("eval_skip_chars", "--eval-skip-chars", text="Characters of each text to skip.", panel=_EVAL),
     ] = None,
+    calibration_windows: Annotated[
+        int | None, _option("gptq.windows", "--calibration-windows", text="Windows of text.", panel=_GPTQ)
+    ] = None,
+    calibration_length: Annotated[
+        int | None,
+        _option("gptq.seq_len", "--calibration-length", text="Tokens in one (the context, <= 2048).", panel=_GPTQ),
+    ] = None,
+    act_order: Annotated[
+        bool | None,
+        _option("gptq.act_order", "--act-order/--no-act-order", text="Largest inputs first.", panel=_GPTQ),
+    ] = None,
+    damp: Annotated[float | None, _option("gptq.damp", "--damp", text="Of the Hessian.", panel=_GPTQ)] = None,
     steps: Annotated[int | None, _option("kd.steps", "--steps", text="", panel=_KD)] = None,
     batch_size: Annotated[int | None, _option("kd.batch_size", "--batch-size", text="", panel=_KD)] = None,
     seq_len: Annotated[int | None, _option("kd.seq_len", "--seq-len", text="", panel=_KD)] = None,
@@ -282,6 +295,8 @@ def quantize(
     flags = {name: given[name] for name in QuantizeConfig.model_fields if name in given}
     flags |= {"format": file_format, "range": weight_range, "eval": evals}
     flags |= {f"kd.{name}": given[name] for name in KDSettings.model_fields if name in given}
+    flags |= {"gptq.windows": calibration_windows, "gptq.seq_len": calibration_length}
+    flags |= {"gptq.act_order": act_order, "gptq.damp": damp}
     flags["kd.freeze"] = frozen
     settings = load_config(config, flags)
 

@@ -134,6 +134,20 @@ def test_kd_qat_trains_freezes_and_beats_rtn(model, texts, tmp_path):
     assert equal["q_proj"] < 0.8, "trained"
 
 
+def test_gptq_loses_less_than_rtn(model, texts, tmp_path):
+    evaluation = ("--eval", texts / "eval.txt", "--eval-length", "64", "--device", "cpu")
+    low = ("--bits", "2", "--group-size", "32")
+    calibration = ("--calibration", texts / "train.txt", "--calibration-length", "64", "--calibration-windows", "32")
+    pyquant("quantize", model, "--out", tmp_path / "rtn", *low, *evaluation)
+    pyquant("quantize", model, "--out", tmp_path / "gptq", "--recipe", "gptq", *low, *calibration, *evaluation)
+    rtn, gptq = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("rtn", "gptq"))
+    assert gptq["max_difference"] == 0
+    gap = [math.log(r["rows"][0]["quantized"] / r["rows"][0]["fp"]) for r in (gptq, rtn)]
+    assert 0 < gap[0] < 0.8 * gap[1], gap
+    assert [row["name"] for row in gptq["layers"]] == [row["name"] for row in rtn["layers"]]
+    assert all(0 < row["relative_error"] < 1 for row in gptq["layers"])
+
+
 def test_an_interrupted_run_resumes_to_the_same_weights(model, texts, tmp_path, monkeypatch):
     from pyquant.integrations import pipeline
 
@@ -224,7 +238,7 @@ def test_overwrite_replaces(model, tmp_path):
         ("steps: 3", ["unknown key 'steps'", "kd.steps"]),
         ("bits: 5", ["bits=5", "less than or equal to 4"]),
         ("group_size: 100", ["group_size=100", "-1, 32, 64 or 128"]),
-        ("recipe: awq", ["recipe='awq'", "'rtn' or 'kd-qat'"]),
+        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq' or 'kd-qat'"]),
         ("- 1", ["must hold keys and values"]),
         ("kd: 3", ["kd must hold keys"]),
         ("a: [", ["is not YAML"]),
@@ -251,6 +265,9 @@ def test_requests_that_cannot_be_met(model, texts, tmp_path):
     assert "absent.txt" in refused(*fits, "--eval", texts / "absent.txt")
     assert "context of 512" in refused(*fits, "--eval", texts / "eval.txt", "--eval-length", "1024")
     assert "calibration" in refused(*fits, "--recipe", "kd-qat")
+    assert "calibration" in refused(*fits, "--recipe", "gptq")
+    line = refused(*fits, "--recipe", "gptq", "--calibration", texts / "train.txt", "--calibration-length", "1024")
+    assert "gptq.seq_len=1024 is longer than the model's context of 512" in line
     assert "no linear layer matches" in refused(*fits, "--include", "nothing")
     assert "symmetric" in refused(*fits, "--asymmetric", "--format", "gptq")
     assert "freeze='x_proj' matches none" in refused(*head, *small(texts), "--freeze", "x_proj")
@@ -304,8 +321,9 @@ def test_the_training_settings_are_the_trainers():
 
 def test_every_setting_has_a_flag():
     words = pyquant("quantize", "--help").stdout
-    for key in set(known_keys()) - {"kd", "kd.bf16", "model"}:
-        flag = "--" + key.removeprefix("kd.").replace("_", "-")
+    named = {"gptq.windows": "calibration-windows", "gptq.seq_len": "calibration-length"}
+    for key in set(known_keys()) - {"kd", "kd.bf16", "gptq", "gptq.batch_size", "model"}:
+        flag = "--" + named.get(key, key.rpartition(".")[2].replace("_", "-"))
         assert flag in words, key
 
 
@@ -314,6 +332,9 @@ def test_settings_that_decide_the_weights_are_fixed():
     assert {"bits", "group_size", "range", "seed"} <= rtn.keys()
     assert not {"out", "eval", "device", "kd.lr"} & rtn.keys()
     assert "kd.lr" in QuantizeConfig(model="m", out="o", recipe="kd-qat", calibration="t").fixed()
+    gptq = QuantizeConfig(model="m", out="o", recipe="gptq", calibration="t").fixed()
+    assert "gptq.damp" in gptq
+    assert "kd.lr" not in gptq
 
 
 # ------------------------------------------------------------------------------------------------ the rest

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Recipe = Literal["rtn", "kd-qat"]
+Recipe = Literal["rtn", "gptq", "kd-qat"]
 Range = Literal["minmax", "mse"]
 Format = Literal["compressed-tensors", "gptq"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -52,17 +52,34 @@ class KDSettings(BaseModel):
     gradient_checkpointing: bool = False
 
 
+class GPTQSettings(BaseModel):
+    """The calibration of ``--recipe gptq``; ``seq_len`` None is the model's context, at most 2048."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    windows: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    batch_size: int = Field(4, ge=1)
+    act_order: bool = True
+    damp: float = Field(0.01, gt=0, le=1)
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"kd": KDSettings, "gptq": GPTQSettings}
+_SECTION_OF = {"kd-qat": "kd", "gptq": "gptq"}  # recipe -> the section that it reads
+
+
 class QuantizeConfig(BaseModel):
     """Everything one run of ``pyquant quantize`` needs.
 
     Attributes:
         model: folder of a Hugging Face checkpoint (or a name in the local Hugging Face cache).
-        recipe: ``rtn`` (round to nearest, no data) or ``kd-qat`` (quantization-aware training with distillation).
+        recipe: ``rtn`` (round to nearest, no data), ``gptq`` (column by column, some text) or ``kd-qat``
+            (quantization-aware training with distillation).
         bits, group_size, symmetric: the weight format; group size -1 is one scale per output channel.
         range: how the first range is found: ``mse`` (smallest squared error) or ``minmax``.
         include, exclude: shell-style patterns on module names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing the model.
-        calibration: training text of kd-qat: a file, a folder, or a data set name.
+        calibration: text of gptq and kd-qat: a file, a folder, or a data set name.
         eval: texts to measure perplexity on, before and after.
         eval_windows: at most this many windows of each text; None is all of them.
         eval_length: tokens in a window; None is the model's context, at most 2048.
@@ -72,7 +89,7 @@ class QuantizeConfig(BaseModel):
         resume: continue the unfinished work beside ``out``.
         device, dtype: where and in which arithmetic; ``auto`` means the GPU in the checkpoint's dtype,
             or the CPU in float32.
-        kd: the training of kd-qat.
+        kd, gptq: settings of those recipes.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -99,6 +116,7 @@ class QuantizeConfig(BaseModel):
     dtype: Dtype = "auto"
     seed: int = 0
     kd: KDSettings = Field(default_factory=KDSettings)
+    gptq: GPTQSettings = Field(default_factory=GPTQSettings)
 
     @field_validator("include", "exclude", "eval", mode="before")
     @classmethod
@@ -113,15 +131,15 @@ class QuantizeConfig(BaseModel):
     def fixed(self) -> dict[str, Any]:
         """The settings that decide the resulting weights, JSON-ready and flat (``kd.steps``)."""
         fields = self.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
-        kd = fields.pop("kd")
-        if self.recipe != "kd-qat":
-            return fields
-        return fields | {f"kd.{name}": value for name, value in kd.items()}
+        sections = {name: fields.pop(name) for name in SECTIONS}
+        own = _SECTION_OF.get(self.recipe)
+        return fields | {f"{own}.{name}": value for name, value in sections.get(own or "", {}).items()}
 
 
 def known_keys() -> list[str]:
     """Every key of a recipe file, nested ones as ``kd.steps``."""
-    return [*QuantizeConfig.model_fields, *(f"kd.{name}" for name in KDSettings.model_fields)]
+    nested = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
+    return [*QuantizeConfig.model_fields, *nested]
 
 
 def load_config(file: Path | None, flags: Mapping[str, Any]) -> QuantizeConfig:
@@ -164,8 +182,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold keys and values, not a {type(settings).__name__}")
-    if not isinstance(settings.get("kd", {}), dict):
-        raise ValueError(f"{file}: kd must hold keys and values, not {settings['kd']!r}")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name, {}), dict):
+            raise ValueError(f"{file}: {name} must hold keys and values, not {settings[name]!r}")
     return settings
 
 

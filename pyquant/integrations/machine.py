@@ -45,15 +45,15 @@ def pick_dtype(name: str, stored: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else stored
 
 
-def window_length(model: nn.Module, asked: int | None) -> int:
-    """Tokens in an evaluation window.
+def window_length(model: nn.Module, asked: int | None, setting: str = "eval_length") -> int:
+    """Tokens in a window: as asked for by the named setting, or the context, at most 2048.
 
     Raises:
         ValueError: longer than the model's context.
     """
     context = getattr(model.config, "max_position_embeddings", None) or LONGEST_WINDOW
     if asked is not None and asked > context:
-        raise ValueError(f"eval_length={asked} is longer than the model's context of {context} tokens")
+        raise ValueError(f"{setting}={asked} is longer than the model's context of {context} tokens")
     return asked or min(context, LONGEST_WINDOW)
 
 

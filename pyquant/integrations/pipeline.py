@@ -40,6 +40,7 @@ from pyquant.integrations.trainer import KDConfig, train_kd
 from pyquant.integrations.transformers import load_causal_lm
 from pyquant.integrations.work import TRAINER, Work, checkpoint_digest, model_digest, tensor_digest, write_atomic
 from pyquant.nn.swap import SwapReport, matches, swap
+from pyquant.recipes.gptq import gptq
 from pyquant.recipes.kd_qat import KDLoss, convert
 from pyquant.recipes.rtn import layer_errors, rtn
 from pyquant.report import write_report
@@ -119,10 +120,10 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         raise ValueError("format gptq holds symmetric weights only; asymmetric ones need compressed-tensors")
     if config.recipe == "kd-qat" and config.kd.freeze and config.kd.freeze_at >= config.kd.steps:
         raise ValueError(f"kd.freeze_at={config.kd.freeze_at} is never reached in kd.steps={config.kd.steps}")
-    if config.recipe == "kd-qat" and config.calibration is None:
-        raise ValueError("recipe kd-qat trains on text: give a calibration file (--calibration)")
+    if config.recipe != "rtn" and config.calibration is None:
+        raise ValueError(f"recipe {config.recipe} needs text: give a calibration file (--calibration)")
     sources = {source: load_text(source, skip_chars=config.eval_skip_chars) for source in config.eval}
-    training_text = load_text(config.calibration) if config.recipe == "kd-qat" else ""
+    training_text = load_text(config.calibration) if config.calibration and config.recipe != "rtn" else ""
 
     device, folder = pick_device(config.device), local_folder(config.model)
     with clock("load the model"):
@@ -137,7 +138,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
             for source, text in sources.items()
         ]
         tokens = None
-        if config.recipe == "kd-qat":
+        if config.recipe != "rtn":
             tokens = _training_windows(tokenizer, training_text, model, config)
     _check_disk(config, model)
 
@@ -177,16 +178,21 @@ def _apply(
     """The recipe: the quantized model (QLinear, values as they will be stored) and what became of its layers."""
     chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     before = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if tokens is None:
+    if config.recipe != "kd-qat":
         with clock("quantize") as stage:
             count, done = len(before), iter(range(1, len(before) + 1))
-            report = rtn(
-                model, spec, config.range, **chosen, scale_dtype=stored, on_layer=lambda _: stage(next(done), count)
-            )
+            chosen |= {"scale_dtype": stored, "on_layer": lambda _: stage(next(done), count)}
+            if tokens is None:
+                report = rtn(model, spec, config.range, **chosen)
+            else:
+                before = {name: w.detach().clone() for name, w in before.items()}  # gptq moves them on its way
+                batches, how = tokens.split(config.gptq.batch_size), config.gptq
+                report = gptq(model, batches, spec, config.range, **chosen, act_order=how.act_order, damp=how.damp)
             with torch.no_grad():
                 for p in model.parameters():
                     p.copy_(p.to(stored))
     else:
+        assert tokens is not None
         compute = next(model.parameters()).dtype
         with clock("train") as stage:
             student = copy.deepcopy(model).float()  # master weights: steps of 1e-5 vanish in bf16
@@ -290,6 +296,9 @@ def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> 
 
 
 def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: QuantizeConfig) -> Tensor:
+    if config.recipe == "gptq":
+        length = window_length(model, config.gptq.seq_len, "gptq.seq_len")
+        return windows(tokenizer, text, length, config.gptq.windows, str(config.calibration))
     context = getattr(model.config, "max_position_embeddings", None)
     if context and config.kd.seq_len > context:
         raise ValueError(f"kd.seq_len={config.kd.seq_len} is longer than the model's context of {context} tokens")
