@@ -29,11 +29,12 @@ from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.events import Clock, OnEvent
 from pyquant.integrations.export import export, verify
+from pyquant.integrations.files import write_atomic
 from pyquant.integrations.machine import peak_memory, versions, weight_bytes
 from pyquant.integrations.summary import change, duration
 from pyquant.integrations.trainer import KDConfig, train_kd
 from pyquant.integrations.transformers import load_causal_lm, load_model
-from pyquant.integrations.work import checkpoint_digest, write_atomic
+from pyquant.integrations.work import checkpoint_digest
 from pyquant.recipes.kd_qat import KDLoss, convert
 from pyquant.recipes.rtn import layer_errors, rtn
 from pyquant.report import Report, write_report

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.checkpoint import INDEX, SINGLE, local_folder, read_config
 from pyquant.integrations.evaluate import probe_logits
+from pyquant.integrations.files import flush
 from pyquant.integrations.gptq import check_gptq, gptq_config, gptq_tensors, load_gptq
 from pyquant.integrations.transformers import compressed_tensors_config, load_model
 from pyquant.nn.linear import QLinear
@@ -125,8 +126,8 @@ def export(
         _write_shards(partial, tensors, max_shard_size)
         _write_texts(partial, source, tokenizer, config, dtype, extra or {})
         for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
+            flush(file)
+        flush(partial)
         _put_in_place(partial, out)
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower():
@@ -337,14 +338,6 @@ def _write_texts(
 # ------------------------------------------------------------------------------------------------ files
 
 
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _put_in_place(partial: Path, out: Path) -> None:
     """Rename; an old folder steps aside first and comes back if the rename fails."""
     old = out.with_name(f".{out.name}.old-{os.getpid()}")
@@ -357,6 +350,6 @@ def _put_in_place(partial: Path, out: Path) -> None:
         if had:
             os.rename(old, out)
         raise
-    _flush(out.parent)
+    flush(out.parent)
     if had:
         shutil.rmtree(old, ignore_errors=True)

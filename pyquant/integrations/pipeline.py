@@ -25,6 +25,7 @@ from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.events import Clock, Event, OnEvent
 from pyquant.integrations.export import export, verify
+from pyquant.integrations.files import write_atomic
 from pyquant.integrations.machine import (
     batch_for,
     peak_memory,
@@ -38,7 +39,7 @@ from pyquant.integrations.machine import (
 from pyquant.integrations.summary import to_report
 from pyquant.integrations.trainer import KDConfig, train_kd
 from pyquant.integrations.transformers import load_causal_lm
-from pyquant.integrations.work import TRAINER, Work, checkpoint_digest, model_digest, tensor_digest, write_atomic
+from pyquant.integrations.work import TRAINER, Work, checkpoint_digest, model_digest, tensor_digest
 from pyquant.nn.swap import SwapReport, matches, swap
 from pyquant.recipes.gptq import gptq
 from pyquant.recipes.kd_qat import KDLoss, convert

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
+from pyquant.integrations.files import flush, write_atomic
 from pyquant.nn.linear import FakeQuantLinear
 
 log = logging.getLogger("pyquant")
@@ -90,7 +91,7 @@ def open_run(work_dir: Path, mine: dict[str, Any], resume: bool) -> Path | None:
             raise ValueError(f"{work_dir} holds a run with other inputs: {what}; give the same ones, or another folder")
     elif last is not None:
         raise FileExistsError(f"{work_dir} holds a run at step {step_of(last)}; resume it, or give another folder")
-    _write_text(file, json.dumps(mine, indent=2) + "\n")
+    write_atomic(file, json.dumps(mine, indent=2) + "\n")
     return last if resume else None
 
 
@@ -159,12 +160,12 @@ def save(
         trainer_state.save_to_json(str(partial / "trainer_state.json"))
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         for file in partial.iterdir():
-            _flush(file)
-        _write_text(partial / "manifest.json", json.dumps(sizes))
-        _flush(partial)
+            flush(file)
+        write_atomic(partial / "manifest.json", json.dumps(sizes))
+        flush(partial)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
-        _flush(work_dir)
+        flush(work_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower():
@@ -199,21 +200,6 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _rng_tensors() -> dict[str, Tensor]:
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), **{f"cuda{i}": t for i, t in enumerate(gpus)}}
-
-
-def _write_text(file: Path, text: str) -> None:
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(text)
-    _flush(partial)
-    os.rename(partial, file)
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # ------------------------------------------------------------------------------------------------ reading

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyquant.integrations.config import QuantizeConfig
+from pyquant.integrations.files import write_atomic
 
 STATE, EVALUATIONS, TRAINER = "state.json", "evaluations.json", "trainer"
 
@@ -83,13 +84,6 @@ class Work:
         os.replace(finished, out)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """A file that is either the old one or the new one, also after a crash."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def checkpoint_digest(folder: Path) -> str:

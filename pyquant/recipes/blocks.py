@@ -32,14 +32,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder's blocks and their dotted name.
 
     Returns:
-        (name, list) of the ``nn.ModuleList`` of two or more modules of one class with the most linear weights.
+        (name, list) of the ``nn.ModuleList`` of modules of one class with the most linear weights.
 
     Raises:
         ValueError: when the model has no such list.
     """
     best: tuple[int, str, nn.ModuleList | None] = (0, "", None)
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= 1 and len({type(m) for m in module}) == 1:
+        if isinstance(module, nn.ModuleList) and len({type(m) for m in module}) == 1:
             weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
             if weights > best[0]:
                 best = (weights, name, module)
