@@ -2,6 +2,7 @@
 // included, so that one build serves every torch version. Shapes, dtypes and devices are checked by pyquant/ops.
 #include <pybind11/pybind11.h>
 
+#include "launch.cuh"
 #include "ops.h"
 #include "probe.h"
 
@@ -29,9 +30,30 @@ void dequantize_int4(uintptr_t qweight, uintptr_t scale, int scale_dtype, uintpt
 }
 
 void linear_w4a16(uintptr_t x, int64_t x_stride, int dtype, uintptr_t qweight, uintptr_t scale, uintptr_t zero,
-                  uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t group_size, uintptr_t stream) {
-    pyquant::linear_w4a16(at<void>(x), x_stride, dtype, at<int32_t>(qweight), at<void>(scale), at<uint8_t>(zero),
-                          at<void>(bias), at<void>(y), m, n, k, group_size, as_stream(stream));
+                  uintptr_t bias, uintptr_t y, int64_t m, int64_t n, int64_t k, int64_t group_size, uintptr_t stream,
+                  uintptr_t workspace, int64_t workspace_bytes, int tokens, int variant) {
+    const pyquant::LinearCall call{at<void>(x),
+                                   x_stride,
+                                   dtype,
+                                   at<int32_t>(qweight),
+                                   at<void>(scale),
+                                   at<uint8_t>(zero),
+                                   at<void>(bias),
+                                   at<void>(y),
+                                   m,
+                                   n,
+                                   k,
+                                   group_size,
+                                   at<void>(workspace),
+                                   workspace_bytes};
+    pyquant::linear_w4a16(call, tokens, variant, as_stream(stream));
+}
+
+uint64_t capture_id(uintptr_t stream) {
+    cudaStreamCaptureStatus status{};
+    unsigned long long id = 0;
+    pyquant::check_cuda(cudaStreamGetCaptureInfo(as_stream(stream), &status, &id), "cudaStreamGetCaptureInfo");
+    return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
 void fake_quant(uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale, uintptr_t zero, uintptr_t out, int64_t n,
@@ -78,7 +100,13 @@ PYBIND11_MODULE(_C, m) {
     // Arguments: csrc/ops.h.
     m.def("quantize_int4", &quantize_int4);
     m.def("dequantize_int4", &dequantize_int4);
-    m.def("linear_w4a16", &linear_w4a16);
+    m.def("linear_w4a16", &linear_w4a16, py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("qweight"),
+          py::arg("scale"), py::arg("zero"), py::arg("bias"), py::arg("y"), py::arg("m"), py::arg("n"), py::arg("k"),
+          py::arg("group_size"), py::arg("stream"), py::arg("workspace") = 0, py::arg("workspace_bytes") = 0,
+          py::arg("tokens") = 0, py::arg("variant") = -1);
+    m.def("linear_workspace", &pyquant::linear_workspace, py::arg("multiprocessors"));
+    m.def("capture_id", &capture_id, py::arg("stream"),
+          "The id of the graph that a stream is being captured into, or 0.");
     m.def("fake_quant", &fake_quant);
     m.def("fake_quant_backward", &fake_quant_backward);
 }

@@ -1,32 +1,35 @@
-// linear_w4a16 for few tokens: y [M, N] = x [M, K] w_hat^T + bias, with w_hat = (code - zero) * scale.
+// linear_w4a16 for few tokens (M <= 8 a pass): y [M, N] = x [M, K] w_hat^T + bias, w_hat = (code - zero) * scale.
 //
-// The problem is transposed: the weight is the A operand (64 rows of a strip = 4 warps x m16), the tokens are the B
-// operand (n8 tiles), so that no tensor-core row is wasted on missing tokens and the packed weight is loaded straight
-// into fragments.
+// The problem is transposed: the weight is the A operand (tiles of 16 rows), x is the B operand, and both are integers:
+// codes 0..15 as they are, x as fixed point. Within 128 columns of a token, x = 2^(e - 14) * v with |v| < 2^15 and e
+// the exponent of the largest of them; v = 256 high + low is two columns of 8-bit integers. The product is exact in
+// int32 (mma.m16n8k32), then becomes fp32 once a group:
 //
-//                      K of this block ->                 cluster along K: up to 8 blocks, each its own range
-//   strip   warp 0   [pair][pair][pair] ...               a pair is 2 units, 128 columns; warps 0-3 take even pairs,
-//   64 rows warp 1      |                                 warps 4-7 odd ones
-//           warp 2    2 x 16 bytes a thread = 8 A fragments
-//           warp 3
+//     y[m, n] = sum over groups of  scale[n] 2^(e - 14) ( sum(code * v) - zero[n] sum(v) )
 //
-// Per group the tensor cores add up integers times 16-bit values, and the fp32 sum is multiplied by the scale: the
-// weight is never rounded to 16 bits. For up to 16 tokens the integers are base + code as they come out of the bit
-// trick (base 128 in bf16, 1024 in fp16), and (base + zero) * sum(x) is taken away per group; the sums of x are made
-// once a block, while x is staged. Above 16 tokens base + zero is subtracted from each weight.
+// sum(v) is one more row of the same product, codes times a tile of ones. The weight is never rounded; x is rounded to
+// 2^-15 of the largest of its 128 neighbours, where bf16 itself keeps 2^-8 of each value. Why integers: to unpack 8
+// codes takes 3 instructions instead of the 7 of the bit trick for bf16, and these instructions are what binds (half
+// rate).
 //
-// Partial sums of the warps meet in shared memory, those of the blocks of a cluster through distributed shared memory
-// in a fixed order: one launch, no workspace, no atomics, the same bits every time, on any stream and in any graph.
+//              pairs of units (128 columns) ->             a block owns whole rows where it can: no sum leaves it
+//   tile 0     w0  w1  w2 .. w15 w0  w1 ..                 16 warps share the columns, a pair each in turn, and each
+//   tile 1     w0  w1  w2 .. w15 w0  w1 ..                 converts the x of its own pairs: no barrier until the end,
+//   then the next two tiles of the block                   where partial sums of the warps meet in shared memory
 //
-// Bound by memory: 0.516 bytes a weight at group 128. Each thread copies its own 32 bytes of the next pairs ahead into
-// its own slots of shared memory (cp.async), so that 32 KB a block are on their way without holding registers. The
-// launch is programmatic (sm_90): weights start streaming while the kernel before still runs, and x is read only after
-// it has ended. That is right because weights are never written by a kernel that lets its successor start early.
-// Below sm_90 there are no clusters: the cluster is one block (right, but slow when N is small).
+// Built for a chain of calls. The grid is one block a multiprocessor with half of its shared memory and registers, so
+// that the next kernel's blocks move in beside the running ones (programmatic launch) and fill their rings of weights
+// before x exists. x is read only after the predecessor has ended, past L1. That is right because weights are never
+// written by a kernel that lets its successor start early. Each thread copies its own 32 bytes a tile into its own
+// slots (cp.async): no barrier guards the ring.
 //
-// Tried and lost: weights in registers two chunks deep (80 to 212 registers, 2 blocks a multiprocessor); sums of x by a
-// product with a matrix of ones in every warp (as many tensor instructions again); one unit a step (86 instructions for
-// 32 weights a thread instead of about 50).
+// Where whole rows would leave multiprocessors idle, or x would not fit, a cluster of 2, 4 or 8 blocks shares the
+// columns and adds up through distributed shared memory in a fixed order. One launch, no workspace, no atomics, the
+// same bits every time. GPUs before sm_90 have no clusters: there the cluster is one block.
+//
+// NaN and infinity in x make every output of that token NaN.
+//
+// Tried and lost: benchmarks/NOTES.md.
 #include <algorithm>
 
 #include "dequant.cuh"
@@ -36,315 +39,408 @@
 namespace pyquant {
 namespace {
 
-constexpr int kHalves = 2;                        // groups of 4 warps
-constexpr int kThreads = kHalves * kUnitThreads;  // 256
-constexpr int kPairK = 2 * kUnitK;                // 128 columns: what a half takes at a time
-constexpr int kDepth = 4;                         // pairs on their way for each half: 32 KB of weights a block
-constexpr int kRowPad = 8;                        // elements between staged rows: ldmatrix without bank conflicts
+constexpr int kWarps = 16;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kTile = 16;  // rows of a fragment
+constexpr int kTiles = 2;  // tiles that a warp takes side by side
+constexpr int kTilesPerStrip = kStrip / kTile;
+constexpr int kPairK = 2 * kUnitK;                           // 128 columns
+constexpr int kTileThreads = kUnitThreads / kTilesPerStrip;  // threads whose 16 bytes make a tile of a unit
+constexpr int kSlots = 2;                                    // pairs on their way for each warp: 64 KB a block
+constexpr int kSumPad = 4;                                   // floats between tokens of partial sums: no bank conflicts
+constexpr int kSmallBlock = 113 << 10;                       // shared memory of a block that leaves room for another
 
 struct Problem {
     int64_t x_stride;
-    int m, n, k, units, pairs, groups;  // units = padded K / 64, pairs of them (the last may be half), groups as stored
+    int m, n, k, units, pairs, groups, tiles;  // units = padded K / 64, pairs of them (the last may be half)
 };
 
-// 8 neighbours of x's row m from column col, zeros outside [0, M) x [0, K).
+// How a launch is cut up.
+struct Plan {
+    int row_blocks;  // blocks along N, each its share of the tiles
+    int log_splits;  // blocks of a cluster, along K
+    int window;      // pairs of a warp whose x is in shared memory at once
+    bool restage;    // that is not all of them
+};
+
+// A pair of each warp on its way. Weights have a thread's own places; a scale is brought by one lane for the four that
+// need it.
+template <int GROUPS, bool ZERO>
+struct Slot {
+    uint4 weight[2][kTiles][kThreads];                    // [unit][tile]
+    uint32_t scale[kTiles][GROUPS][kWarps][8];            // the scales of rows g and g + 8
+    uint32_t zero[ZERO ? kTiles : 0][GROUPS][kWarps][8];  // 4 neighbours, 2 of them of rows g and g + 8
+};
+
+// Shared memory behind the ring: partial sums, then x of each warp: for each pair of its window the fixed-point columns
+// of `tokens` tokens (a power of two), 256 bytes each, and their exponents' powers of two.
+__host__ __device__ constexpr int sums_row() { return kTiles * kTile + kSumPad; }
+__host__ __device__ constexpr int sums_bytes(int live) { return 2 * kWarps * live * sums_row() * 4; }
+__host__ __device__ constexpr int x_bytes(int tokens, int pairs) {
+    return (pairs * tokens * (2 * kPairK + 4) + 15) / 16 * 16;
+}
+
+// 8 neighbours of x's row from column col on, zeros outside [0, K). Past L1, where an older x may lie.
 template <typename T>
-__device__ __forceinline__ uint4 load_x(const T* __restrict__ x, const Problem& p, int m, int col, bool vectors) {
+__device__ __forceinline__ uint4 load_x(const T* __restrict__ row, const Problem& p, int col, bool vectors) {
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (m >= p.m || col >= p.k) return v;
-    const T* from = x + m * p.x_stride + col;
-    if (vectors) return *reinterpret_cast<const uint4*>(from);
-    T* parts = reinterpret_cast<T*>(&v);
+    if (col >= p.k) return v;
+    if (vectors) return __ldcg(reinterpret_cast<const uint4*>(row + col));
+    unsigned short* parts = reinterpret_cast<unsigned short*>(&v);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        if (col + i < p.k) parts[i] = from[i];
+        if (col + i < p.k) parts[i] = __ldcg(reinterpret_cast<const unsigned short*>(row + col + i));
     }
     return v;
 }
 
-// What depends on the number of token tiles.
-template <int TILES>
-struct Shape {
-    static constexpr int kM = 8 * TILES;
-    static constexpr int kPairs = TILES == 1 ? 8 : 4;       // pairs of x staged at once when all kM rows are used
-    static constexpr int kRow = kPairs * kPairK + kRowPad;  // elements from one staged row to the next
-    static constexpr bool kSumX = TILES <= 2;               // correct by sums of x instead of subtracting per weight
-    static constexpr int kBlocks = TILES == 1 ? 4 : TILES == 2 ? 3 : 2;  // a multiprocessor
-};
-
-// Shared memory. GROUPS: groups of scales that a pair touches, 4 at group size 32, 2 at 64, else 1.
-template <typename T, int TILES, int GROUPS>
-struct Shared {
-    // A thread's own slots for weights and scales on their way: nobody else reads them, so no barrier guards them.
-    uint4 weight[kDepth][2][kThreads];
-    uint32_t scale[kDepth][GROUPS][kThreads];                       // the scales of rows g and g + 8
-    T x[Shape<TILES>::kM * Shape<TILES>::kRow];                     // [rows][row], see Window
-    float sum_x[Shape<TILES>::kPairs * GROUPS * Shape<TILES>::kM];  // [pair][group][rows]
-};
-
-// How the memory for x is used: the fewer tokens, the more columns of each fit, and the fewer barriers a block needs.
-template <int TILES>
-struct Window {
-    int rows, pairs, row;  // tokens kept apart, pairs of columns at once, elements from one token to the next
-    int log_pieces;        // log2 of a token's 16-byte pieces
-
-    __device__ explicit Window(int live) {
-        rows = TILES > 1 || live > 4 ? Shape<TILES>::kM : live > 2 ? 4 : 2;
-        pairs = Shape<TILES>::kPairs * Shape<TILES>::kM / rows;
-        row = pairs * kPairK + kRowPad;
-        log_pieces = 31 - __clz(pairs * kPairK / 8);
-    }
-};
-
-// Bring columns [first, first + columns) of x to shared memory, and their sums over each group.
-template <typename T, int TILES, int GROUPS>
-__device__ __forceinline__ void stage_x(Shared<T, TILES, GROUPS>& shared, const T* __restrict__ x, const Problem& p,
-                                        Window<TILES> window, int first_m, int live, int first, int columns,
-                                        bool vectors) {
-    using S = Shape<TILES>;
-    constexpr int kPerGroup = kPairK / GROUPS / 8;  // neighbouring lanes that hold one group
-    for (int i = threadIdx.x; i / 32 * 32 < live << window.log_pieces;
-         i += kThreads) {  // whole warps, for the shuffles
-        const int row = i >> window.log_pieces, col = (i & ((1 << window.log_pieces) - 1)) * 8;
-        const bool wanted = row < live && col < columns;
-        uint4 piece = make_uint4(0, 0, 0, 0);
-        if (wanted) {
-            piece = load_x(x, p, first_m + row, first + col, vectors);
-            *reinterpret_cast<uint4*>(&shared.x[row * window.row + col]) = piece;
-        }
-        if constexpr (S::kSumX) {
-            const uint32_t two[4] = {piece.x, piece.y, piece.z, piece.w};
-            float sum = 0.0f;
+// The 16 columns of step `step` (0..7) of a pair, of one token, to fixed point: 8 words, byte b of word c + 4 * part
+// holding the high (part 0) or low (1) byte of column 2 c + 8 (b % 2) + b / 2: the order of a word of codes. The 8
+// lanes that hold a pair agree on its exponent; returned is 2^(e - 14), NaN where x has no finite maximum.
+template <typename T>
+__device__ __forceinline__ float to_fixed(uint32_t (&words)[8], const uint4 (&x)[2]) {
+    const uint32_t two[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+    float v[16];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum += Magic<T>::low(two[j]) + Magic<T>::high(two[j]);
-#pragma unroll
-            for (int lane = kPerGroup / 2; lane > 0; lane /= 2) sum += __shfl_xor_sync(0xffffffff, sum, lane);
-            if (wanted && threadIdx.x % kPerGroup == 0) {
-                shared.sum_x[col / (kPairK / GROUPS) * window.rows + row] = sum;
-            }
-        }
+    for (int i = 0; i < 8; ++i) {
+        v[2 * i] = Magic<T>::low(two[i]), v[2 * i + 1] = Magic<T>::high(two[i]);
     }
+    uint32_t bits = 0;  // as integers, NaN is larger than infinity, and that larger than any number
+#pragma unroll
+    for (int i = 0; i < 16; ++i) bits = max(bits, __float_as_uint(v[i]) & 0x7fffffff);
+#pragma unroll
+    for (int lane = 1; lane < 8; lane *= 2) bits = max(bits, __shfl_xor_sync(0xffffffff, bits, lane));
+    // One up where the largest is above 1.99 2^e: value + 128 must stay below 2^15. Below 2^-111 the step stays as it
+    // is.
+    const uint32_t exponent = max((bits + 0x10000) >> 23, 16u);
+    const float inverse = __uint_as_float((268 - exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) v[i] = __fmaf_rn(v[i], inverse, 12582912.0f + 128.0f);  // low 16 bits: value + 128
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+        const uint32_t even = __byte_perm(__float_as_uint(v[2 * c]), __float_as_uint(v[2 * c + 8]), 0x5140);
+        const uint32_t odd = __byte_perm(__float_as_uint(v[2 * c + 1]), __float_as_uint(v[2 * c + 9]), 0x5140);
+        words[c] = __byte_perm(even, odd, 0x7632);
+        words[4 + c] = __byte_perm(even, odd, 0x5410) ^ 0x80808080;
+    }
+    return bits >= 0x7f800000 ? __uint_as_float(0x7fffffff) : __uint_as_float((exponent - 14) << 23);
 }
 
-template <typename T, int TILES, int GROUPS, bool PER_CHANNEL, bool ZERO>
-__global__ void __launch_bounds__(kThreads, Shape<TILES>::kBlocks)
+// NT: tiles of 8 columns of the product, 4 tokens each. GROUPS: groups of scales in a pair.
+template <typename T, int NT, int GROUPS, bool PER_CHANNEL, bool ZERO>
+__global__ void __launch_bounds__(kThreads, 2)
     decode_kernel(const T* __restrict__ x, const uint4* __restrict__ qweight, const T* __restrict__ scale,
-                  const uint8_t* __restrict__ zero, const T* __restrict__ bias, T* __restrict__ y, Problem p,
-                  int log_splits, bool vectors) {
-    using S = Shape<TILES>;
+                  const uint8_t* __restrict__ zero, const T* __restrict__ bias, T* __restrict__ y, const Problem p,
+                  const Plan plan, bool vectors) {
+    using S = Slot<GROUPS, ZERO>;
     extern __shared__ __align__(16) unsigned char memory[];
-    auto& shared = *reinterpret_cast<Shared<T, TILES, GROUPS>*>(memory);
-    float* sums = reinterpret_cast<float*>(memory);  // [kM][kStrip + 1], once the weights are used up
+    S* const ring = reinterpret_cast<S*>(memory);
 
-    const int thread = threadIdx.x, half = thread / kUnitThreads, warp = thread % kUnitThreads / 32, lane = thread % 32;
-    const int g = lane / 4, c = lane % 4;
-    const int splits = 1 << log_splits, split = blockIdx.x & (splits - 1), strip = blockIdx.x >> log_splits;
-    const int first_m = blockIdx.y * S::kM, live = min(p.m - first_m, S::kM);
-    const int share = (p.pairs + splits - 1) >> log_splits;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
+    const int splits = 1 << plan.log_splits, split = blockIdx.x & (splits - 1), block = blockIdx.x >> plan.log_splits;
+    const int first_m = blockIdx.y * 4 * NT, live = min(p.m - first_m, 4 * NT);
+    const int log_tokens = live <= 1 ? 0 : live <= 2 ? 1 : live <= 4 ? 2 : 3, tokens = 1 << log_tokens;
+    const int share = (p.pairs + splits - 1) >> plan.log_splits;
     const int begin = min(split * share, p.pairs), end = min(begin + share, p.pairs);
+    const int first_tile = static_cast<int>(static_cast<int64_t>(block) * p.tiles / plan.row_blocks);
+    const int tiles = static_cast<int>(static_cast<int64_t>(block + 1) * p.tiles / plan.row_blocks) - first_tile;
+    float* const sums = reinterpret_cast<float*>(memory + kSlots * sizeof(S));  // [2][warps][live][sums_row]
+    unsigned char* const x_words = memory + kSlots * sizeof(S) + sums_bytes(live) + warp * x_bytes(tokens, plan.window);
+    float* const x_power = reinterpret_cast<float*>(x_words + plan.window * tokens * 2 * kPairK);  // [pair][token]
     ptx::launch_dependents();
 
-    // Where this thread's two rows sit in group 0 of the strip; a group further is kStrip further.
-    const int64_t first_pair = static_cast<int64_t>(strip) * p.groups * kStrip + 2 * (8 * warp + g);
-    const auto group_at = [&](int pair, int group) { return PER_CHANNEL ? 0 : (pair * GROUPS + group) * kStrip; };
-
-    int ahead = begin + half, slot = 0;  // the next pair to fetch, and the slot of the pair at hand
-    const uint4* weight =
-        qweight + (static_cast<int64_t>(strip) * p.units + 2 * ahead) * kUnitThreads + thread % kUnitThreads;
-    const auto fetch = [&](int to) {
-        if (ahead < end) {
-            ptx::copy_async<16>(&shared.weight[to][0][thread], weight);
-            if (2 * ahead + 1 < p.units) ptx::copy_async<16>(&shared.weight[to][1][thread], weight + kUnitThreads);
+    // ---- what is fetched next: pair `ahead` of tiles `ahead_tile`, `ahead_tile` + 1 of this block
+    // --------------------
+    int ahead = begin + warp, ahead_tile = ahead < end ? 0 : tiles;
+    const uint4* weight_at[kTiles];  // of pair `ahead`
+    uint32_t scale_at[kTiles];       // of column 0
+    const auto aim = [&] {
 #pragma unroll
-            for (int i = 0; i < GROUPS; ++i) {
-                if (GROUPS == 1 || ahead * GROUPS + i < p.groups) {
-                    ptx::copy_async<4>(&shared.scale[to][i][thread], scale + first_pair + group_at(ahead, i));
-                } else {
-                    shared.scale[to][i][thread] = 0;  // x is 0 there, but what lies in the slot may be NaN
+        for (int r = 0; r < kTiles; ++r) {
+            const uint32_t tile = first_tile + ahead_tile + r, strip = tile / kTilesPerStrip,
+                           within = tile % kTilesPerStrip;
+            weight_at[r] = qweight + (static_cast<uint64_t>(strip) * p.units + 2 * ahead) * kUnitThreads +
+                           within * kTileThreads + lane;
+            scale_at[r] = strip * p.groups * kStrip + 2 * (8 * within + g);
+        }
+    };
+    const auto fetch = [&](int slot, int unit) {
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+            if (ahead_tile + r < tiles) {
+                if (unit == 0 || 2 * ahead + 1 < p.units) {
+                    ptx::copy_async<16>(&ring[slot].weight[unit][r][thread], weight_at[r] + unit * kUnitThreads);
+                }
+#pragma unroll
+                for (int i = unit * GROUPS / 2; i < (unit + 1) * GROUPS / 2; ++i) {  // groups that end in this unit
+                    const int group = PER_CHANNEL ? 0 : ahead * GROUPS + i;
+                    if (c != 0) continue;
+                    if (GROUPS == 1 || group < p.groups) {
+                        const uint32_t at = scale_at[r] + group * kStrip;
+                        ptx::copy_async<4>(&ring[slot].scale[r][i][warp][g], scale + at);
+                        if constexpr (ZERO) ptx::copy_async<4>(&ring[slot].zero[r][i][warp][g], zero + (at & ~3u));
+                    } else {
+                        ring[slot].scale[r][i][warp][g] = 0;  // x is 0 there, but what lies in the slot may be NaN
+                    }
                 }
             }
         }
         ptx::copy_async_commit();
-        ahead += kHalves;
-        weight += kHalves * 2 * kUnitThreads;
     };
+    const auto advance = [&] {
+        ahead += kWarps;
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) fetch(i);
+        for (int r = 0; r < kTiles; ++r) weight_at[r] += kWarps * 2 * kUnitThreads;
+        if (ahead >= end) {
+            ahead = begin + warp;
+            ahead_tile += kTiles;
+            aim();
+        }
+    };
+    aim();
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+        fetch(slot, 0);
+        fetch(slot, 1);
+        advance();
+    }
     ptx::wait_for_predecessor();  // x and y may be another kernel's until here
 
-    const Window<TILES> window(live);
-    const int sum_token =
-        2 * c < window.rows ? 2 * c : 0;  // tokens past the last have no sums; their columns are not read
-    float total[TILES][4] = {};
-    for (int chunk = begin; chunk < end; chunk += window.pairs) {
-        const int chunk_end = min(chunk + window.pairs, end);
-        __syncthreads();
-        stage_x<T, TILES, GROUPS>(shared, x, p, window, first_m, live, chunk * kPairK, (chunk_end - chunk) * kPairK,
-                                  vectors);
-        __syncthreads();
-        const T* tile = &shared.x[min(lane % 8, window.rows - 1) * window.row + half * kPairK + lane / 8 * 8];
-        for (int pair = chunk + half; pair < chunk_end; pair += kHalves, tile += kHalves * kPairK) {
-            ptx::copy_async_wait<kDepth - 1>();
-            float part[TILES][4] = {};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {  // 32 columns: one ldmatrix gives the B fragments of two k16 steps
-                const int group = j * GROUPS / 4;
-                int z[2] = {kSymmetricZero, kSymmetricZero};
-                if (ZERO && (GROUPS == 1 || pair * GROUPS + group < p.groups)) {
-                    const auto two = *reinterpret_cast<const uchar2*>(zero + first_pair + group_at(pair, group));
-                    z[0] = two.x;
-                    z[1] = two.y;
-                }
-                const uint2 words = reinterpret_cast<const uint2*>(&shared.weight[slot][j / 2][thread])[j % 2];
-                uint32_t a[2][4];
-                if constexpr (S::kSumX) {
-                    word_to_magic<T>(a[0], words.x);
-                    word_to_magic<T>(a[1], words.y);
-                } else {
-                    const uint32_t offset[2] = {offset2<T>(z[0]), offset2<T>(z[1])};
-                    word_to_fragment<T>(a[0], words.x, offset);
-                    word_to_fragment<T>(a[1], words.y, offset);
-                }
-#pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    uint32_t b[4];
-                    ptx::ldmatrix_x4(b, tile + 8 * t * window.row + 32 * j);
-                    ptx::mma_m16n8k16(part[t], a[0], {b[0], b[1]}, T{});
-                    ptx::mma_m16n8k16(part[t], a[1], {b[2], b[3]}, T{});
-                }
-                if ((j + 1) * GROUPS % 4 == 0) {  // the last columns of a group
-                    const uint32_t two = shared.scale[slot][group][thread];
-                    const float s[2] = {Magic<T>::low(two), Magic<T>::high(two)};
-#pragma unroll
-                    for (int t = 0; t < TILES; ++t) {
-                        float2 sum_x = make_float2(0.0f, 0.0f);
-                        if constexpr (S::kSumX) {
-                            const int at = ((pair - chunk) * GROUPS + group) * window.rows + 8 * t + sum_token;
-                            sum_x = *reinterpret_cast<const float2*>(&shared.sum_x[at]);
-                        }
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            float value = part[t][e];
-                            if constexpr (S::kSumX) {
-                                value -= (Magic<T>::kBase + z[e / 2]) * (e % 2 ? sum_x.y : sum_x.x);
-                            }
-                            total[t][e] += s[e / 2] * value;
-                            part[t][e] = 0.0f;
-                        }
-                    }
-                }
+    // Where column g of the product finds its words of a pair: [token][high, low][c, swizzled by the pair][step].
+    const int column = (g & (2 * tokens - 1)) * kPairK;
+    const auto convert = [&](int first_pair, int pairs) {  // x of this warp's pairs first_pair, + kWarps, ..
+        __syncwarp();
+        for (int task = lane; task / 32 * 32 < pairs * tokens * 8; task += 32) {  // 16 columns each; whole warps
+            const int step = task % 8, token = task / 8 & (tokens - 1), i = task / 8 >> log_tokens;
+            const bool there = i < pairs && token < live;
+            uint4 piece[2] = {};
+            if (there) {
+                const int col = (first_pair + i * kWarps) * kPairK + step * 16;
+                const T* row = x + (first_m + token) * p.x_stride;
+                piece[0] = load_x(row, p, col, vectors), piece[1] = load_x(row, p, col + 8, vectors);
             }
-            fetch(slot);
-            slot = (slot + 1) % kDepth;
+            uint32_t words[8];
+            const float power = to_fixed<T>(words, piece);
+            if (there) {
+                unsigned char* to = x_words + (i * tokens + token) * 2 * kPairK + step * 4;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    *reinterpret_cast<uint32_t*>(to + (j ^ (i & 3)) * 32) = words[j];
+                    *reinterpret_cast<uint32_t*>(to + kPairK + (j ^ (i & 3)) * 32) = words[4 + j];
+                }
+                if (step == 0) x_power[i * tokens + token] = power;
+            }
         }
+        __syncwarp();
+    };
+
+    int slot = 0, parity = 0;
+    for (int tile = 0; tile < tiles; tile += kTiles, parity ^= 1) {
+        float total[kTiles][NT][2] = {};
+        for (int window = begin + warp; window < end; window += plan.window * kWarps) {
+            const int pairs = min(plan.window, (end - window + kWarps - 1) / kWarps);
+            if (plan.restage || tile == 0) convert(window, pairs);
+            for (int i = 0; i < pairs; ++i) {
+                int part[kTiles][NT][4] = {}, sum_x[NT][4] = {};
+                float power[NT];
+#pragma unroll
+                for (int t = 0; t < NT; ++t) power[t] = x_power[i * tokens + ((4 * t + c) & (tokens - 1))];
+#pragma unroll
+                for (int unit = 0; unit < 2; ++unit) {
+                    ptx::copy_async_wait<2 * kSlots - 1>();
+                    __syncwarp();  // the scales are another lane's
+                    uint32_t b[NT][4];
+#pragma unroll
+                    for (int t = 0; t < NT; ++t) {
+                        const uint4 four = *reinterpret_cast<const uint4*>(x_words + (i * tokens * 2 + t * 8) * kPairK +
+                                                                           column + (c ^ (i & 3)) * 32 + unit * 16);
+                        b[t][0] = four.x, b[t][1] = four.y, b[t][2] = four.z, b[t][3] = four.w;
+                    }
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {  // 32 columns
+#pragma unroll
+                        for (int t = 0; t < NT; ++t) {
+                            const uint32_t ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
+                            ptx::mma_m16n8k32(sum_x[t], ones, {b[t][2 * half], b[t][2 * half + 1]});
+                        }
+#pragma unroll
+                        for (int r = 0; r < kTiles; ++r) {  // a tile that is not there multiplies what lies in its slot
+                            const uint2 words =
+                                reinterpret_cast<const uint2*>(&ring[slot].weight[unit][r][thread])[half];
+                            const uint32_t a[4] = {words.x & 0x0f0f0f0f, words.x >> 4 & 0x0f0f0f0f,
+                                                   words.y & 0x0f0f0f0f, words.y >> 4 & 0x0f0f0f0f};
+#pragma unroll
+                            for (int t = 0; t < NT; ++t) {
+                                ptx::mma_m16n8k32(part[r][t], a, {b[t][2 * half], b[t][2 * half + 1]});
+                            }
+                        }
+                        const int quarter = 2 * unit + half;
+                        if ((quarter + 1) * GROUPS % 4 != 0) continue;
+                        const int group = quarter * GROUPS / 4;  // its last columns
+#pragma unroll
+                        for (int r = 0; r < kTiles; ++r) {
+                            const uint32_t two = ring[slot].scale[r][group][warp][g];
+                            const float s[2] = {Magic<T>::low(two), Magic<T>::high(two)};
+                            int z[2] = {kSymmetricZero, kSymmetricZero};
+                            if constexpr (ZERO) {
+                                const uint32_t zeros = ring[slot].zero[r][group][warp][g] >> (16 * (g % 2));
+                                z[0] = zeros & 0xff, z[1] = zeros >> 8 & 0xff;
+                            }
+#pragma unroll
+                            for (int t = 0; t < NT; ++t) {
+                                const int sum = 256 * sum_x[t][0] + sum_x[t][1];
+#pragma unroll
+                                for (int h = 0; h < 2; ++h) {
+                                    const int value = 256 * part[r][t][2 * h] + part[r][t][2 * h + 1] - z[h] * sum;
+                                    total[r][t][h] += s[h] * power[t] * static_cast<float>(value);
+                                    part[r][t][2 * h] = part[r][t][2 * h + 1] = 0;
+                                }
+                            }
+                        }
+#pragma unroll
+                        for (int t = 0; t < NT; ++t) sum_x[t][0] = sum_x[t][1] = sum_x[t][2] = sum_x[t][3] = 0;
+                    }
+                    __syncwarp();
+                    fetch(slot, unit);
+                }
+                advance();
+                slot = slot + 1 == kSlots ? 0 : slot + 1;
+            }
+        }
+
+        // Sum over the warps: element (row, token) of warp w at here[(w * live + token) * sums_row + row]. Two places,
+        // used in turn: who is here again has seen everybody pass the barrier in between.
+        float* const here = sums + parity * kWarps * live * sums_row();
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r) {
+#pragma unroll
+            for (int t = 0; t < NT; ++t) {
+                float* to = here + (warp * live + 4 * t + c) * sums_row() + r * kTile + g;
+                if (4 * t + c < live) to[0] = total[r][t][0], to[8] = total[r][t][1];
+            }
+        }
+        __syncthreads();
+        const int rows = min(tiles - tile, kTiles) * kTile, first_n = (first_tile + tile) * kTile;
+        const auto store = [&](int token, int row, float sum) {
+            const int n = first_n + row;
+            if (n < p.n) {
+                y[static_cast<int64_t>(first_m + token) * p.n + n] =
+                    from_float<T>(bias ? sum + to_float(bias[n]) : sum);
+            }
+        };
+        const int row = lane;  // a warp a token: the warps take turns
+        for (int token = (warp + kWarps - tile / kTiles * live % kWarps) % kWarps; token < live; token += kWarps) {
+            if (row >= rows) break;
+            float* at = here + token * sums_row() + row;
+            float sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < kWarps; ++w) sum += at[w * live * sums_row()];
+            if (splits > 1) {
+                *at = sum;  // read by this thread alone until now
+            } else {
+                store(token, row, sum);
+            }
+        }
+#if __CUDA_ARCH__ >= 900
+        if (splits > 1) {  // block `split` of the cluster adds up and writes its share of the elements
+            __syncwarp();
+            ptx::cluster_sync();
+            const int part = (rows * live + splits - 1) >> plan.log_splits;
+            const int stop = min((split + 1) * part, rows * live);
+            for (int i = split * part + thread; i < stop; i += kThreads) {
+                const int token = i / rows, row = i % rows;
+                const float* at = here + token * sums_row() + row;
+                float parts[8];
+#pragma unroll
+                for (int rank = 0; rank < 8; ++rank) {
+                    parts[rank] = rank < splits ? ptx::load_cluster(ptx::map_shared(at, rank)) : 0.0f;
+                }
+                float sum = 0.0f;
+#pragma unroll
+                for (int rank = 0; rank < 8; ++rank) sum += parts[rank];
+                store(token, row, sum);
+            }
+            __syncwarp();
+            ptx::cluster_sync_relaxed();  // nobody leaves, or writes again, while its sums are being read
+        }
+#endif
     }
     ptx::copy_async_wait<0>();
-
-    // Sum the two halves: element (row, token) of this block at sums[token][row].
-    __syncthreads();
-    for (int turn = kHalves - 1; turn >= 0; --turn) {
-        if (half == turn) {
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    float* to = sums + (8 * t + 2 * c + e % 2) * (kStrip + 1) + 16 * warp + g + 8 * (e / 2);
-                    *to = turn == kHalves - 1 ? total[t][e] : *to + total[t][e];
-                }
-            }
-        }
-        __syncthreads();
-    }
-
-    // Sum the blocks of the cluster; block `split` writes its share of the strip's rows.
-#if __CUDA_ARCH__ >= 900
-    if (splits > 1) ptx::cluster_sync();
-#endif
-    const int log_rows = 6 - log_splits;
-    for (int i = thread; i < live << log_rows; i += kThreads) {
-        const int row = (split << log_rows) + (i & ((1 << log_rows) - 1)), token = i >> log_rows;
-        const int n = strip * kStrip + row;
-        const float* from = sums + token * (kStrip + 1) + row;
-        float sum = 0.0f;
-#if __CUDA_ARCH__ >= 900
-        if (splits > 1) {
-            float parts[8];
-#pragma unroll
-            for (int rank = 0; rank < 8; ++rank) {
-                parts[rank] = rank < splits ? ptx::load_cluster(ptx::map_shared(from, rank)) : 0.0f;
-            }
-#pragma unroll
-            for (int rank = 0; rank < 8; ++rank) sum += parts[rank];
-        } else {
-            sum = *from;
-        }
-#else
-        sum = *from;
-#endif
-        if (n < p.n) {
-            y[static_cast<int64_t>(first_m + token) * p.n + n] = from_float<T>(bias ? sum + to_float(bias[n]) : sum);
-        }
-    }
-#if __CUDA_ARCH__ >= 900
-    if (splits > 1) ptx::cluster_sync();  // nobody leaves while its shared memory is being read
-#endif
-}
-
-// log2 of the blocks along K for one strip: the fewest that give each multiprocessor about two blocks, and twice as
-// many where four fit and each still has a dozen pairs. More blocks hide latency; fewer leave room for the next kernel
-// of the stream to bring its weights in meanwhile. benchmarks/NOTES.md has the sweep.
-int choose_log_splits(int64_t strips, int64_t pairs, int multiprocessors, int major) {
-    if (major < 9) return 0;
-    const auto pairs_of = [&](int log) { return pairs >> log; };
-    int log = 0;
-    while (log < 3 && (strips << log) * 10 < 19 * multiprocessors && pairs_of(log + 1) >= 2) ++log;
-    const bool room = (strips << log) * 2 <= 4 * multiprocessors;
-    if (log < 3 && ((room && pairs_of(log) >= 24) || pairs_of(log) >= 64)) ++log;
-    return log;
 }
 
 struct Device {
-    int multiprocessors, major;
+    int index, multiprocessors, major, shared;  // shared memory a block can have
 };
 
 Device current_device() {
-    int device = 0;
     Device d{};
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, device),
+    check_cuda(cudaGetDevice(&d.index), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, d.index),
                "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&d.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d.index),
+               "cudaDeviceGetAttribute");
+    check_cuda(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, d.index), "cudaDeviceGetAttribute");
     return d;
 }
 
-template <typename T, int TILES, int GROUPS, bool PER_CHANNEL, bool ZERO>
-void launch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* zero, const T* bias, T* y,
-            const Problem& p, cudaStream_t stream) {
-    constexpr int M = Shape<TILES>::kM;
-    const auto kernel = decode_kernel<T, TILES, GROUPS, PER_CHANNEL, ZERO>;
-    constexpr size_t bytes = sizeof(Shared<T, TILES, GROUPS>);
-    static_assert(bytes >= sizeof(float) * M * (kStrip + 1), "the sums reuse it");
-    // Asked for at every launch: the attribute belongs to a device, and setting it again costs less than remembering
-    // where it is set.
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-               "linear_w4a16: shared memory");
+// The split that moves the fewest bytes through the busiest multiprocessor: weights, and x, whose conversion costs as
+// much as reading about twice its size, for every pass over it; adding up a cluster costs as much as about 90 KB, and a
+// block that leaves no room for the next kernel as much as 40. force_splits > 0 takes that many.
+struct Choice {
+    Plan plan;
+    int bytes;  // shared memory
+};
+
+Choice choose(const Problem& p, const Device& device, int slot_bytes, int force_splits, int most_tokens) {
+    Choice best{};
+    double least = 0;
+    const int live = std::min(p.m, most_tokens), tokens = live <= 1 ? 1 : live <= 2 ? 2 : live <= 4 ? 4 : 8;
+    for (int log = 0; log <= (device.major >= 9 ? 3 : 0); ++log) {
+        const int splits = 1 << log, share = (p.pairs + splits - 1) / splits;
+        if (force_splits > 0 ? splits != force_splits : log > 0 && share < 2) continue;
+        Choice c{};
+        c.plan.log_splits = log;
+        c.plan.row_blocks = std::max(1, std::min(p.tiles, device.multiprocessors / splits));
+        const int tiles = (p.tiles + c.plan.row_blocks - 1) / c.plan.row_blocks, passes = (tiles + kTiles - 1) / kTiles;
+        const int pairs = (share + kWarps - 1) / kWarps;
+        const auto bytes_of = [&](int window) {
+            return kSlots * slot_bytes + sums_bytes(live) + kWarps * x_bytes(tokens, window);
+        };
+        c.plan.window = pairs;
+        while (c.plan.window > 1 && bytes_of(c.plan.window) > device.shared) --c.plan.window;
+        c.plan.restage = c.plan.window < pairs;
+        c.bytes = bytes_of(c.plan.window);
+        const double reads = 2.0 * share * live * 2 * kPairK * (c.plan.restage ? passes : 1);
+        const double bytes = static_cast<double>(share) * tiles * 1056 + reads + (log > 0 ? 90e3 * passes : 0) +
+                             (c.bytes > kSmallBlock ? 40e3 : 0);
+        if (least == 0 || bytes < least) least = bytes, best = c;
+    }
+    require(least > 0,
+            "linear_w4a16: splits=" + std::to_string(force_splits) + " must be 1, 2, 4 or 8, and 1 before sm_90");
+    return best;
+}
+
+template <typename T, int NT, int GROUPS, bool PER_CHANNEL, bool ZERO>
+void launch(const LinearCall& call, const Problem& p, int force_splits, cudaStream_t stream) {
+    constexpr auto kernel = decode_kernel<T, NT, GROUPS, PER_CHANNEL, ZERO>;
+    constexpr int slot_bytes = sizeof(Slot<GROUPS, ZERO>);
     const Device device = current_device();
-    const int64_t strips = ceil_div(p.n, kStrip);
-    const int log_splits = choose_log_splits(strips, p.pairs, device.multiprocessors, device.major),
-              splits = 1 << log_splits;
-    const int64_t row_tiles = ceil_div(p.m, M);
-    require(row_tiles <= 65535, "linear_w4a16: M=" + std::to_string(p.m) + " is too large for one launch");
+    const Choice choice = choose(p, device, slot_bytes, force_splits, 4 * NT);
+    allow_shared_memory<kernel>(device.index, "linear_w4a16");
+    const int64_t passes = ceil_div(p.m, 4 * NT);
+    require(passes <= 65535, "linear_w4a16: M=" + std::to_string(p.m) + " is too large for one launch");
 
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(strips * splits), static_cast<unsigned>(row_tiles));
+    config.gridDim =
+        dim3(static_cast<unsigned>(choice.plan.row_blocks << choice.plan.log_splits), static_cast<unsigned>(passes));
     config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = bytes;
+    config.dynamicSmemBytes = choice.bytes;
     config.stream = stream;
     cudaLaunchAttribute attributes[2]{};
     config.attrs = attributes;
-    if (splits > 1) {
+    if (choice.plan.log_splits > 0) {
         attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = splits;
+        attributes[config.numAttrs].val.clusterDim.x = 1u << choice.plan.log_splits;
         attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
         ++config.numAttrs;
     }
@@ -353,66 +449,48 @@ void launch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* z
         attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
         ++config.numAttrs;
     }
-    const bool vectors = p.k % 8 == 0 && p.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, x, reinterpret_cast<const uint4*>(qweight), scale, zero, bias, y, p,
-                                  log_splits, vectors),
-               "linear_w4a16");
-}
-
-template <typename T>
-void dispatch(const T* x, const int32_t* qweight, const T* scale, const uint8_t* zero, const T* bias, T* y,
-              const Problem& p, int64_t group_size, cudaStream_t stream) {
-    const auto with_tiles = [&](auto groups, auto per_channel, auto zeros) {
-        constexpr int kGroups = decltype(groups)::value;
-        constexpr bool kPerChannel = decltype(per_channel)::value, kZero = decltype(zeros)::value;
-        const auto run = [&](auto tiles) {
-            launch<T, decltype(tiles)::value, kGroups, kPerChannel, kZero>(x, qweight, scale, zero, bias, y, p, stream);
-        };
-        if (p.m <= 8) return run(std::integral_constant<int, 1>{});
-        if (p.m <= 16) return run(std::integral_constant<int, 2>{});
-        if (p.m <= 32) return run(std::integral_constant<int, 4>{});
-        return run(std::integral_constant<int, 8>{});
-    };
-    const auto with_groups = [&](auto zeros) {
-        using No = std::false_type;
-        switch (group_size) {
-            case 32:
-                return with_tiles(std::integral_constant<int, 4>{}, No{}, zeros);
-            case 64:
-                return with_tiles(std::integral_constant<int, 2>{}, No{}, zeros);
-            case 128:
-                return with_tiles(std::integral_constant<int, 1>{}, No{}, zeros);
-            default:
-                return with_tiles(std::integral_constant<int, 1>{}, std::true_type{}, zeros);
-        }
-    };
-    zero ? with_groups(std::true_type{}) : with_groups(std::false_type{});
+    const bool vectors = p.k % 8 == 0 && p.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
+    check_cuda(
+        cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(call.x), reinterpret_cast<const uint4*>(call.qweight),
+                           static_cast<const T*>(call.scale), call.zero, static_cast<const T*>(call.bias),
+                           static_cast<T*>(call.y), p, choice.plan, vectors),
+        "linear_w4a16");
 }
 
 }  // namespace
 
-void linear_w4a16(const void* x, int64_t x_stride, int dtype, const int32_t* qweight, const void* scale,
-                  const uint8_t* zero, const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t group_size,
-                  cudaStream_t stream) {
-    if (m == 0 || n == 0) return;
-    require(dtype == 0 || dtype == 1, "linear_w4a16: x must be bf16 or fp16");
-    require(group_size == -1 || group_size == 32 || group_size == 64 || group_size == 128,
-            "linear_w4a16: group_size=" + std::to_string(group_size) + " must be 32, 64, 128 or -1");
-    require(std::max({m, n, k}) < (1 << 30), "linear_w4a16: a size of 2^30 or more is not supported");
-    const int units = static_cast<int>(ceil_div(k, kUnitK));
-    const Problem p{x_stride,
-                    static_cast<int>(m),
-                    static_cast<int>(n),
-                    static_cast<int>(k),
+void linear_decode(const LinearCall& call, int force_splits, cudaStream_t stream) {
+    const int units = static_cast<int>(ceil_div(call.k, kUnitK));
+    const Problem p{call.x_stride,
+                    static_cast<int>(call.m),
+                    static_cast<int>(call.n),
+                    static_cast<int>(call.k),
                     units,
                     (units + 1) / 2,
-                    static_cast<int>(tiled_groups(k, group_size))};
-    const auto run = [&](auto type) {
+                    static_cast<int>(tiled_groups(call.k, call.group_size)),
+                    static_cast<int>(ceil_div(call.n, kTile))};
+    const auto with_zero = [&](auto type, auto zeros) {
         using T = decltype(type);
-        dispatch<T>(static_cast<const T*>(x), qweight, static_cast<const T*>(scale), zero, static_cast<const T*>(bias),
-                    static_cast<T*>(y), p, group_size, stream);
+        constexpr bool kZero = decltype(zeros)::value;
+        const auto with_group = [&](auto columns) {
+            constexpr int kNT = decltype(columns)::value;
+            switch (call.group_size) {
+                case 32:
+                    return launch<T, kNT, 4, false, kZero>(call, p, force_splits, stream);
+                case 64:
+                    return launch<T, kNT, 2, false, kZero>(call, p, force_splits, stream);
+                case 128:
+                    return launch<T, kNT, 1, false, kZero>(call, p, force_splits, stream);
+                default:
+                    return launch<T, kNT, 1, true, kZero>(call, p, force_splits, stream);
+            }
+        };
+        p.m <= 4 ? with_group(std::integral_constant<int, 1>{}) : with_group(std::integral_constant<int, 2>{});
     };
-    dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
+    const auto run = [&](auto type) {
+        call.zero ? with_zero(type, std::true_type{}) : with_zero(type, std::false_type{});
+    };
+    call.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
 }
 
 }  // namespace pyquant

@@ -16,10 +16,28 @@ void quantize_int4(const void* w, int w_dtype, int64_t w_stride, const float* sc
 void dequantize_int4(const int32_t* qweight, const void* scale, int scale_dtype, const uint8_t* zero, void* out,
                      int out_dtype, int64_t n, int64_t k, int64_t group_size, cudaStream_t stream);
 
-// y [m, n] contiguous = x [m, k] w_hat^T + bias; x, scale, bias and y of one 16-bit dtype.
-void linear_w4a16(const void* x, int64_t x_stride, int dtype, const int32_t* qweight, const void* scale,
-                  const uint8_t* zero, const void* bias, void* y, int64_t m, int64_t n, int64_t k, int64_t group_size,
-                  cudaStream_t stream);
+// y [m, n] contiguous = x [m, k] w_hat^T + bias; x, scale, bias and y of one 16-bit dtype, x with rows x_stride apart.
+struct LinearCall {
+    const void* x;
+    int64_t x_stride;
+    int dtype;
+    const int32_t* qweight;
+    const void* scale;
+    const uint8_t* zero;
+    const void* bias;
+    void* y;
+    int64_t m, n, k, group_size;
+    void* workspace;  // linear_workspace() bytes, zero before its first use and used by one launch at a time; or null
+    int64_t workspace_bytes;
+};
+// tokens and variant pin the token tile and how it is cut, for measurements; 0 and -1 leave the choice to the kernels.
+// tokens <= 8 is linear_decode.cu, where variant is the number of blocks that share K; above it linear_wgmma.cu, where
+// variant 0 takes whole tiles and 1 cuts them.
+void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t stream);
+void linear_decode(const LinearCall& call, int force_splits, cudaStream_t stream);                // any GPU
+void linear_wgmma(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream);  // sm_90, rows of x at
+                                                                                                  // 16 bytes
+int64_t linear_workspace(int multiprocessors);                                                    // bytes
 
 // out [n, k] contiguous = fake-quantized w; scale and zero fp32 row-major.
 void fake_quant(const void* w, int dtype, int64_t w_stride, const float* scale, const float* zero, void* out, int64_t n,

@@ -219,7 +219,9 @@ def make_x(rows: int, columns: int, layout: str, dtype: torch.dtype, device: str
     return x.copy_(values)
 
 
-def want_product(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, rounded_weight: bool) -> Want:
+def want_product(
+    x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, rounded_weight: bool, fixed_point_x: bool = False
+) -> Want:
     """``x @ w.T + bias`` for x ``[M, K]`` and w ``[N, K]`` in fp64, computed by a kernel that returns dtype.
 
     A right kernel errs by
@@ -229,19 +231,26 @@ def want_product(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, 
       of K random terms stays below about 4 l2, where l2 = sqrt(sum x^2 w^2); sums in fewer, longer steps err less;
     * a weight rounded to 16 bits, where the kernel does that: K independent errors of at most u |x w|, of deviation
       u / sqrt(3) |x w|, so six deviations of their sum are 6 u / sqrt(3) l2. That kernel is cuBLAS, which torch by
-      default allows to add the parts of a split K in 16 bits: one more rounding of a partial sum, at most u * 4 l2.
+      default allows to add the parts of a split K in 16 bits: one more rounding of a partial sum, at most u * 4 l2;
+    * x in fixed point, where the kernel does that: steps of at most 2^-14 of the largest of 128 neighbours, so K
+      independent errors of deviation step / sqrt(12) |w|, and six deviations of their sum.
     """
     x, w, k = x.double(), w.double(), x.shape[1]
+    steps = torch.nn.functional.pad(x.abs(), (0, -k % 128)).unflatten(1, (-1, 128)).amax(2) * 2.0**-14
+    fixed = (
+        (steps.square().repeat_interleave(128, 1)[:, :k] / 12 @ w.square().T).sqrt() if fixed_point_x else 0 * x[:, :1]
+    )
     value = x @ w.T
     l2 = (x.square() @ w.square().T).sqrt()
     if bias is not None:
         value = value + bias.double()
     u = unit_roundoff(dtype)
     sums = 2 * U32 * k * 4 * (l2 if bias is None else l2 + bias.double().abs())
-    worst = u * value.abs() + sums + ((6 / 3**0.5 + 4) * u * l2 if rounded_weight else 0)
+    worst = u * value.abs() + sums + ((6 / 3**0.5 + 4) * u * l2 if rounded_weight else 0) + 6 * fixed
     # RMS: every term at its deviation instead of its extreme; roundings are at most u of what they round, and
     # |y| and l2 are equal in the mean over random inputs (3: a row with few columns may be far from the mean).
     rms = u + 2 * U32 * k**0.5 + (3 * u if rounded_weight else 0)
+    rms += 2 * float((fixed + 0 * value).norm() / value.norm().clamp_min(1e-300))
     return Want(value, worst + torch.finfo(dtype).tiny, rms)
 
 

@@ -30,6 +30,7 @@ class Calls:
         self.weight = make_weight(130, 512, 128, False, torch.float16, device)
         qweight, scale, zero = self.weight.tiled()
         self.x = torch.randn(4, 512, device=device).half()
+        self.many = torch.randn(70, 512, device=device).half()
         self.grad_y = torch.randn(4, 130, device=device).half()
         self.w, self.s, self.z, self.grad = make_fake_quant(
             FakeQuantCase(65, 384, 128, symmetric=False), torch.float16, device
@@ -37,6 +38,7 @@ class Calls:
         quant = torch.ops.pyquant
         self.all = {
             "linear_w4a16": lambda: (ops.linear_w4a16(self.x, qweight, scale, zero, None, 130, 128),),
+            "linear_w4a16 of many tokens": lambda: (ops.linear_w4a16(self.many, qweight, scale, zero, None, 130, 128),),
             "linear_w4a16_backward": lambda: (
                 quant.linear_w4a16_backward(self.grad_y, qweight, scale, zero, 512, 128),
             ),
@@ -47,7 +49,8 @@ class Calls:
         }
         # the first argument of each op: what changes between two replays
         self.first = {
-            "linear_w4a16": self.x, "linear_w4a16_backward": self.grad_y, "dequantize_int4": scale,
+            "linear_w4a16": self.x, "linear_w4a16 of many tokens": self.many,
+            "linear_w4a16_backward": self.grad_y, "dequantize_int4": scale,
             "quantize_int4": self.w, "fake_quant": self.w, "fake_quant_backward": self.grad,
         }  # fmt: skip
 
@@ -58,6 +61,7 @@ def same(got, want) -> bool:
 
 NAMES = [
     "linear_w4a16",
+    "linear_w4a16 of many tokens",
     "linear_w4a16_backward",
     "dequantize_int4",
     "quantize_int4",
@@ -167,8 +171,8 @@ def test_offsets_beyond_31_bits(backend):
 def test_backends_agree_on_a_product():
     """cuda and triton sum in different orders and both stay within the bound of fp32 sums."""
     calls = Calls("cuda")
-    want = want_product(calls.x, calls.weight.w_hat, None, torch.float16, False)
     for name in ("cuda", "triton"):
+        want = want_product(calls.x, calls.weight.w_hat, None, torch.float16, False, fixed_point_x=name == "cuda")
         if _registry.unavailable(name, "cuda") is None:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("PYQUANT_BACKEND", name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,39 @@ from pyquant.ops.quantize import _dequantize, dtype_code, pointer, stream
 
 _HALVES = (torch.bfloat16, torch.float16)
 
-# Above this many tokens the CUDA backend expands the weight to 16 bits once and lets cuBLAS multiply: the fused kernel reads
-# the weight tile once per 16 tokens and stops paying there.
+# Above this many tokens GPUs before Hopper expand the weight to 16 bits once and let cuBLAS multiply: their fused kernel
+# reads the weight once per 8 tokens and stops paying there. Hopper's serves any number.
 FUSED_MAX_TOKENS = 64
+# Up to this many, csrc/linear_decode.cu serves any GPU and any x with rows in one piece.
+FEW_TOKENS = 4
+# Up to this many, Hopper's kernel for more tokens keeps the weight exact; above, it rounds it to 16 bits.
+EXACT_TOKENS = 16
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    """Of a Hopper GPU; 0 for any other."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count if properties.major == 9 else 0
+
+
+_workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
+
+
+def _workspace(device: int, stream_handle: int) -> Tensor:
+    """Where the blocks of one launch leave parts of tiles for each other; see csrc/ops.h.
+
+    Launches of one stream follow each other, so they share one. A graph that is being captured gets its own, zeroed by
+    the graph itself, since it may be replayed on any stream: while the capture lasts it is kept here, and afterwards the
+    graph's memory pool holds it.
+    """
+    capture = extension().capture_id(stream_handle)
+    made_for, space = _workspaces.get((device, stream_handle), (None, None))
+    if made_for != capture:
+        size = extension().linear_workspace(_multiprocessors(device))
+        space = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
+        _workspaces[device, stream_handle] = capture, space
+    return space
 
 
 def _linear_fake(
@@ -43,14 +75,20 @@ def _linear_cuda(
     m = rows.shape[0]
     if m == 0:
         return y
-    if m > FUSED_MAX_TOKENS:
+    hopper = _multiprocessors(x.device.index)
+    if m > FUSED_MAX_TOKENS and not hopper:
         w_hat = _dequantize.call(qweight, scale, zero, n, k, group_size, x.dtype)
         return torch.nn.functional.linear(x, w_hat, bias)
+    handle, space = stream(), None
+    if hopper and m > FEW_TOKENS:
+        if k % 8 or rows.stride(0) % 8 or rows.stride(0) < k or rows.data_ptr() % 16:
+            rows = torch.nn.functional.pad(rows, (0, -k % 8)).contiguous()  # the copy engine takes rows at 16 bytes
+        space = _workspace(x.device.index, handle)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     extension().linear_w4a16(
         rows.data_ptr(), rows.stride(0), dtype_code(x.dtype), qweight.data_ptr(), scale.data_ptr(), pointer(zero),
-        pointer(bias), y.data_ptr(), m, n, k, group_size, stream(),
+        pointer(bias), y.data_ptr(), m, n, k, group_size, handle, pointer(space), 0 if space is None else space.numel(),
     )  # fmt: skip
     return y
 

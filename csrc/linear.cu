@@ -1,0 +1,36 @@
+// linear_w4a16: checks what both kernels take for granted, and picks one.
+//
+//   M <= 4            linear_decode.cu, any GPU: exact integer products, made for chains of small calls
+//   M  > 4, Hopper    linear_wgmma.cu
+//   M  > 4, others    linear_decode.cu in passes of 8 tokens (pyquant/ops/linear.py expands the weight for many tokens)
+#include <algorithm>
+
+#include "format.cuh"
+#include "launch.cuh"
+#include "ops.h"
+
+namespace pyquant {
+
+void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t stream) {
+    if (call.m == 0 || call.n == 0) return;
+    require(call.dtype == 0 || call.dtype == 1, "linear_w4a16: x must be bf16 or fp16");
+    require(call.group_size == -1 || call.group_size == 32 || call.group_size == 64 || call.group_size == 128,
+            "linear_w4a16: group_size=" + std::to_string(call.group_size) + " must be 32, 64, 128 or -1");
+    require(std::max({call.m, call.n, call.k}) < (1 << 30) && call.n * call.k < (int64_t{1} << 36),
+            "linear_w4a16: M=" + std::to_string(call.m) + " N=" + std::to_string(call.n) +
+                " K=" + std::to_string(call.k) + " is too large");
+    require(reinterpret_cast<uintptr_t>(call.qweight) % 16 == 0 && reinterpret_cast<uintptr_t>(call.scale) % 16 == 0 &&
+                reinterpret_cast<uintptr_t>(call.zero) % 16 == 0 && reinterpret_cast<uintptr_t>(call.y) % 16 == 0,
+            "linear_w4a16: qweight, scale, zero and y must begin at multiples of 16 bytes");
+    int device = 0, major = 0;
+    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    const bool hopper = major == 9;
+    if (hopper && (tokens > 0 ? tokens > 8 : call.m > 4)) {
+        linear_wgmma(call, tokens, variant, stream);
+    } else {
+        linear_decode(call, std::max(variant, 0), stream);
+    }
+}
+
+}  // namespace pyquant
