@@ -233,10 +233,10 @@ def _decode(
 
     state = plan.state(decoder, batch, prompt + new)
     key = (tuple(eos.tolist()) if eos is not None else None, pad if pad is None else int(pad)) if plain else "logits"
-    if key not in state.graphs:  # before the prompt: the trial run before the capture writes into the state
+    if new > 1 and key not in state.graphs:  # before the prompt: the run before the capture writes into the state
         state.slot.zero_()
         state.graphs[key] = Captured(greedy if plain else lambda: decoder.step(state), input_ids.device)
-    step = state.graphs[key]
+    step = state.graphs.get(key)
 
     state.begin(input_ids)
     logits = decoder.prefill(state, input_ids, start)
