@@ -149,7 +149,7 @@ def fused_logits(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
     state = decoder.new_state(ids.shape[0], 256)
     logits = [decoder.prefill(state, ids[:, :prompt])]
     for i in range(prompt, ids.shape[1]):
-        state.advance(ids[:, i], None, None)
+        state.advance(ids[:, i])
         logits.append(decoder.step(state))
     return torch.stack(logits, 1)
 

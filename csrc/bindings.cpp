@@ -81,6 +81,15 @@ void attention_decode(const pyquant::AttentionArguments& a, uintptr_t cos, uintp
                               as_stream(stream));
 }
 
+void greedy_append(uintptr_t logits, int64_t stride, int dtype, int64_t rows, int64_t columns, uintptr_t tokens,
+                   int64_t token_stride, int64_t width, uintptr_t ids, uintptr_t slot, uintptr_t unfinished,
+                   uintptr_t length, uintptr_t eos, int64_t eos_count, int64_t pad, uintptr_t stream) {
+    pyquant::greedy_append(at<void>(logits), stride, dtype, rows, columns,
+                           {at<int64_t>(tokens), token_stride, width, at<int64_t>(ids), at<int>(slot),
+                            at<int64_t>(unfinished), at<int64_t>(length), at<int64_t>(eos), eos_count, pad},
+                           as_stream(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -119,4 +128,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("silu_and_mul", &silu_and_mul);
     m.def("rope_append", &rope_append);
     m.def("attention_decode", &attention_decode);
+    m.def("greedy_append", &greedy_append);
 }

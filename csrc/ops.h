@@ -62,4 +62,19 @@ void rope_append(const AttentionArguments& a, const void* cos, const void* sin, 
 void attention_decode(const AttentionArguments& a, const void* cos, const void* sin, void* out, float scaling,
                       int64_t window, bool early, cudaStream_t stream);
 
+// What greedy_append updates: csrc/sample.cu says how. eos null: sequences do not end.
+struct GreedyState {
+    int64_t* tokens;
+    int64_t token_stride, width;
+    int64_t* ids;
+    int* slot;
+    int64_t *unfinished, *length;
+    const int64_t* eos;
+    int64_t eos_count, pad;
+};
+
+// logits [rows, columns] of a 16-bit dtype.
+void greedy_append(const void* logits, int64_t stride, int dtype, int64_t rows, int64_t columns, const GreedyState& s,
+                   cudaStream_t stream);
+
 }  // namespace pyquant

@@ -211,3 +211,41 @@ def attention_decode(
     p = score.masked_fill(~live[:, None, None], -torch.inf).softmax(-1)
     value = torch.where(live[:, None, :, None], _wide(v_cache), 0.0)
     return torch.einsum("bhgs,bhsd->bhgd", p, value).reshape(batch, -1).to(qkv.dtype)
+
+
+def greedy_append(
+    logits: Tensor,
+    tokens: Tensor,
+    ids: Tensor,
+    slot: Tensor,
+    unfinished: Tensor,
+    length: Tensor,
+    eos: Tensor | None,
+    pad: int,
+) -> None:
+    """Choose the likeliest token of each row of ``logits [B, V]`` and append it: see :func:`append`."""
+    append(logits.argmax(-1), tokens, ids, slot, unfinished, length, eos, pad)
+
+
+def append(
+    chosen: Tensor,
+    tokens: Tensor,
+    ids: Tensor,
+    slot: Tensor,
+    unfinished: Tensor,
+    length: Tensor,
+    eos: Tensor | None,
+    pad: int,
+) -> None:
+    """Append chosen tokens ``[B]`` in place; only tensors are touched, so that a CUDA graph can hold it.
+
+    Rows that have ended get pad, those that choose one of eos end: ``tokens[slot + 1] = ids = chosen``,
+    ``length += unfinished``, ``slot += 1``.
+    """
+    length.add_(unfinished)
+    if eos is not None:
+        chosen = torch.where(unfinished.bool(), chosen, pad)
+        unfinished.mul_((chosen[:, None] != eos).all(1))
+    slot.add_(1)
+    tokens.scatter_(1, slot.long()[:, None], chosen[:, None])
+    ids.copy_(chosen)

@@ -235,6 +235,31 @@ ATTENTION_FAULTS: dict[str, Callable[[AttentionInputs], AttentionInputs]] = {
 }
 
 
+# ------------------------------------------------------------------------------------------------ the end of a step
+
+
+def make_ends(batch: int, width: int, device: str) -> tuple[Tensor, ...]:
+    """tokens, ids, slot, unfinished, length of sequences of which every third has ended."""
+    at = torch.arange(batch, device=device)
+    tokens = -torch.ones(batch, width, dtype=torch.int64, device=device)
+    return tokens, torch.zeros_like(at), (at % (width - 1)).int(), (at % 3 != 2).long(), at * 10
+
+
+def want_greedy(logits: Tensor, ends: tuple[Tensor, ...], eos: list[int] | None, pad: int) -> tuple[Tensor, ...]:
+    """The same, a row at a time, in Python's integers."""
+    tokens, ids, slot, unfinished, length = (t.tolist() for t in ends)
+    for b, row in enumerate(logits.double().tolist()):
+        chosen = row.index(max(row))
+        if eos is not None and not unfinished[b]:
+            chosen = pad
+        length[b] += unfinished[b]
+        if eos is not None and chosen in eos:
+            unfinished[b] = 0
+        slot[b] += 1
+        tokens[b][slot[b]] = ids[b] = chosen
+    return tuple(torch.tensor(t) for t in (tokens, ids, slot, unfinished, length))
+
+
 # ------------------------------------------------------------------------------------------------ arguments for opcheck
 
 
@@ -250,7 +275,10 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         "silu_and_mul": [(x,), (wide,)],
         "rope_append": [],
         "attention_decode": [],
+        "greedy_append": [],
     }
+    for eos in (None, torch.tensor([3, 5], device=device)):
+        calls["greedy_append"].append((torch.randn(3, 50, device=device).half(), *make_ends(3, 9, device), eos, 7))
     for norms in (False, True):
         inputs = make_attention(replace(case, norms=norms, layout="rows" if norms else "contiguous"),
                                 torch.float16, device)  # fmt: skip

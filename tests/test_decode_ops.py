@@ -240,6 +240,53 @@ def test_the_others_refuse():
             call()
 
 
+# ------------------------------------------------------------------------------------------------ the end of a step
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("eos", [None, [3], [0, 1, 2, 3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("case", marked([(1, 1), (7, 50), (3, 1001), (2, 4096), (1, 128256), (40, 5000)],
+                                        lambda case: case[0] * case[1] <= 4000))  # fmt: skip
+def test_greedy_append(backend, case, eos, dtype):
+    kernels_skip(backend, dtype)
+    device, (batch, vocabulary) = backend[1], case
+    logits = torch.randn(batch, vocabulary + 8, device=device).to(dtype)[:, :vocabulary]
+    if eos and len(eos) > 1:  # some rows choose one of them
+        logits[::2, :8] += 9
+    ends = decode_cases.make_ends(batch, 9, device)
+    want = decode_cases.want_greedy(logits, ends, eos, 77)
+    ops.greedy_append(logits, *ends, None if eos is None else torch.tensor(eos, device=device), 77)
+    names = ("tokens", "ids", "slot", "unfinished", "length")
+    for name, got, right in zip(names, ends, want, strict=True):
+        assert torch.equal(got.cpu().long(), right), name
+
+
+def test_greedy_takes_the_first_of_equals(backend):
+    logits = torch.zeros(3, 9000, device=backend[1]).half()
+    logits[1, 4444:] = 1
+    logits[2] = -torch.inf
+    logits[2, 8999] = -60000
+    ends = decode_cases.make_ends(3, 9, backend[1])
+    ops.greedy_append(logits, *ends)
+    assert ends[1].tolist() == [0, 4444, 8999]
+
+
+@pytest.mark.parametrize(
+    ("at", "wrong", "sentence"),
+    [
+        (0, torch.zeros(3), r"logits must be \[B, V\], got \(3,\)"),
+        (1, torch.zeros(2, 9).long(), r"tokens must be int64 \[3, W\], got torch.int64 \(2, 9\)"),
+        (3, torch.zeros(3).long(), r"slot must be contiguous torch.int32 \[3\], got torch.int64"),
+        (6, torch.zeros(2).int(), r"eos must be contiguous int64 \[E\]"),
+    ],
+)
+def test_greedy_refuses(at, wrong, sentence):
+    arguments = [torch.randn(3, 50), *decode_cases.make_ends(3, 9, "cpu"), None, 0]
+    arguments[at] = wrong
+    with pytest.raises(ValueError, match=sentence):
+        ops.greedy_append(*arguments)
+
+
 # ------------------------------------------------------------------------------------------------ only a GPU can show
 
 

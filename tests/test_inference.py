@@ -66,7 +66,7 @@ def test_same_logits(kind):
         state = decoder.new_state(2, 64)
         logits = [decoder.prefill(state, ids[:, :prompt])]
         for i in range(prompt, 30):
-            state.advance(ids[:, i], None, None)
+            state.advance(ids[:, i])
             logits.append(decoder.step(state))
         return torch.stack(logits, 1)
 

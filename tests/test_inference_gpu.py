@@ -40,7 +40,7 @@ def test_the_captured_step_gives_the_logits_of_the_model(kind, dtype, batch):
     captured = Captured(lambda: decoder.step(state), ids.device)
     got = [decoder.prefill(state, ids[:, :prompt]).float()]
     for i in range(prompt, 90):
-        state.advance(ids[:, i], None, None)
+        state.advance(ids[:, i])
         got.append(captured().float().clone())
     off = [float((t - want).norm() / want.norm()) for t in (torch.stack(got, 1), plain)]
     # Both round activations to 16 bits at about the same places: the fused one may not be worse than 1.5 times.
@@ -58,7 +58,7 @@ def test_generate_is_the_step_by_step_choice(no_fallback):
     start = torch.tensor([0, 9, 20], dtype=torch.int32, device="cuda")
     chosen = [decoder.prefill(state, inputs["input_ids"], start).argmax(-1)]
     for _ in range(99):
-        state.advance(chosen[-1], None, None)
+        state.advance(chosen[-1])
         torch.cuda.synchronize()
         chosen.append(decoder.step(state).argmax(-1))
         torch.cuda.synchronize()

@@ -215,13 +215,13 @@ def _decode(
     batch, prompt = input_ids.shape
     new = max(1, stopping_criteria.max_length - prompt)
     eos = next((c.eos_token_id.to(input_ids.device) for c in stopping_criteria if hasattr(c, "eos_token_id")), None)
-    pad = None if eos is None else generation_config._pad_token_tensor.to(input_ids.device)
+    pad = 0 if eos is None else int(generation_config._pad_token_tensor)
     until = min((c.initial_timestamp + c.max_time for c in stopping_criteria if hasattr(c, "max_time")), default=None)
     sample, plain = generation_config.do_sample, not generation_config.do_sample and not len(logits_processor)
 
     def greedy() -> None:
         """A whole step on the GPU."""
-        state.advance(decoder.step(state).argmax(-1), eos, pad)
+        state.advance_greedily(decoder.step(state), eos, pad)
 
     def choose(logits: Tensor, length: int) -> Tensor:
         """The next tokens ``[B]``, as transformers chooses them."""
@@ -232,7 +232,7 @@ def _decode(
         return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
 
     state = plan.state(decoder, batch, prompt + new)
-    key = (tuple(eos.tolist()) if eos is not None else None, pad if pad is None else int(pad)) if plain else "logits"
+    key = (None if eos is None else tuple(eos.tolist()), pad) if plain else "logits"
     if new > 1 and key not in state.graphs:  # before the prompt: the run before the capture writes into the state
         state.slot.zero_()
         state.graphs[key] = Captured(greedy if plain else lambda: decoder.step(state), input_ids.device)
@@ -240,7 +240,10 @@ def _decode(
 
     state.begin(input_ids)
     logits = decoder.prefill(state, input_ids, start)
-    state.advance(logits.argmax(-1) if plain else choose(logits, prompt), eos, pad)
+    if plain:
+        state.advance_greedily(logits, eos, pad)
+    else:
+        state.advance(choose(logits, prompt), eos, pad)
     watch = Watch(state, streamer) if eos is not None or streamer is not None or until is not None else None
     for n in range(1, new):
         if (watch and watch.finished()) or (until is not None and time.time() > until):
@@ -255,7 +258,7 @@ def _decode(
         watch.drain()
     if streamer is not None:
         streamer.end()
-    return state.tokens[:, : int(state.length)].clone()
+    return state.tokens[:, : int(state.length.max())].clone()
 
 
 class Watch:

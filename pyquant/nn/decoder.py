@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyquant import reference
 from pyquant.nn.fused import FusedLinear
-from pyquant.ops import add_rms_norm, attention_decode, rms_norm, rope_append, silu_and_mul
+from pyquant.ops import add_rms_norm, attention_decode, greedy_append, rms_norm, rope_append, silu_and_mul
 
 
 @dataclass
@@ -127,7 +128,7 @@ class State:
         tokens: int64 ``[B, S + 1]``, prompt and generated tokens by slot.
         ids: int64 ``[B]``, the next step's input; slot: int32 ``[B]``, where it goes; start: int32 ``[B]``.
         unfinished: int64 ``[B]``, 1 until a sequence has ended.
-        length: int64 ``[1]``, tokens of each row of ``tokens`` up to the one that ended the last sequence.
+        length: int64 ``[B]``, tokens of each sequence up to the one that ended it.
     """
 
     def __init__(self, cache: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, tokens: Tensor) -> None:
@@ -137,7 +138,7 @@ class State:
         self.ids, self.unfinished = self.report
         self.slot = torch.zeros(batch, dtype=torch.int32, device=device)
         self.start = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.length = torch.zeros(1, dtype=torch.int64, device=device)
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.graphs: dict[object, Captured] = {}
 
     @property
@@ -154,18 +155,13 @@ class State:
         self.unfinished.fill_(1)
         self.length.fill_(ids.shape[1])
 
-    def advance(self, chosen: Tensor, eos: Tensor | None, pad: Tensor | None) -> None:
-        """Append the chosen tokens ``[B]``; sequences that have ended get ``pad``, those that choose one of ``eos`` end.
+    def advance(self, chosen: Tensor, eos: Tensor | None = None, pad: int = 0) -> None:
+        """Append the chosen tokens ``[B]``; sequences that have ended get ``pad``, those that choose one of ``eos`` end."""
+        reference.append(chosen, self.tokens, self.ids, self.slot, self.unfinished, self.length, eos, pad)
 
-        Only tensors are touched, so that it can be part of a captured graph.
-        """
-        self.length.add_(self.unfinished.max())
-        if eos is not None:
-            chosen = torch.where(self.unfinished.bool(), chosen, pad)
-            self.unfinished.mul_((chosen[:, None] != eos).all(1))
-        self.slot.add_(1)
-        self.tokens.scatter_(1, self.slot.long()[:, None], chosen[:, None])
-        self.ids.copy_(chosen)
+    def advance_greedily(self, logits: Tensor, eos: Tensor | None = None, pad: int = 0) -> None:
+        """Append the likeliest tokens of ``logits [B, V]``."""
+        greedy_append(logits, self.tokens, self.ids, self.slot, self.unfinished, self.length, eos, pad)
 
 
 class Captured:
