@@ -309,6 +309,18 @@ def test_changes_after_preparing_are_noticed():
     assert "generate" not in vars(model)
 
 
+def test_inference_mode_leaves_no_traces():
+    """What the first call makes under inference_mode serves later calls, and training, outside of it."""
+    model, ids = make(**SHARED), some_tokens(2, 12)
+    with torch.inference_mode():
+        pyquant.prepare_for_inference(model)
+        first = model.generate(ids, max_new_tokens=9, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=9, do_sample=False), first)
+    x = torch.randn(3, model.config.hidden_size, requires_grad=True)
+    model.model.layers[0].self_attn.q_proj(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_unquantized_layers_are_served_too(no_fallback):
     model = make(quantized=False, **SHARED)
     assert torch.equal(*both(model, input_ids=some_tokens(2, 12), max_new_tokens=9, do_sample=False))

@@ -89,7 +89,8 @@ class Plan:
         now = signature(model)
         if self._decoder is None or now != self._signature:
             self._free()
-            self._decoder = read_decoder(model, self.head_bits)
+            with torch.inference_mode(False), torch.no_grad():  # what is kept serves calls outside of that mode too
+                self._decoder = read_decoder(model, self.head_bits)
             self._signature = signature(model)  # fusing has moved weights
         return self._decoder
 
@@ -98,7 +99,8 @@ class Plan:
         state = self._state
         if state is None or state.batch != batch or state.capacity < slots:
             self._free()  # before the new one is allocated
-            self._state = decoder.new_state(batch, -(-slots // ROUND) * ROUND)
+            with torch.inference_mode(False), torch.no_grad():
+                self._state = decoder.new_state(batch, -(-slots // ROUND) * ROUND)
         return self._state
 
     def _free(self) -> None:
@@ -274,11 +276,12 @@ class Watch:
     def note(self) -> None:
         """Send for the tokens of the step that was just started, and whether sequences go on."""
         host = self.spare.pop()
-        host.copy_(self.state.report, non_blocking=self.on_gpu)
+        report = self.state.report
+        host.copy_(report, non_blocking=self.on_gpu)
         event = None
         if self.on_gpu:
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(report.device))
         self.notes.append((host, event))
 
     def finished(self) -> bool:

@@ -135,7 +135,7 @@ class State:
         self.cache, self.cos, self.sin, self.tokens = cache, cos, sin, tokens
         batch, device = tokens.shape[0], tokens.device
         self.report = torch.zeros(2, batch, dtype=torch.int64, device=device)  # one copy tells the host of both
-        self.ids, self.unfinished = self.report
+        self.ids, self.unfinished = self.report[0], self.report[1]
         self.slot = torch.zeros(batch, dtype=torch.int32, device=device)
         self.start = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
