@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import pyquant
-from benchmarks.timing import meta
-from pyquant import QLinear, QuantSpec
+from benchmarks.timing import graph_us, meta
+from pyquant import QLinear, QuantSpec, ops
 from pyquant.formats import int4
 from pyquant.integrations.inference import undo
 from pyquant.integrations.read_decoder import read_decoder
@@ -213,6 +213,34 @@ def decode_pyquant(
     }  # fmt: skip
 
 
+def parts(model: nn.Module, batch: int, context: int) -> dict[str, float]:
+    """Microseconds a call of each kernel of a step, as a chain of itself in a graph, every layer's data once (cold)."""
+    decoder = model.generate.args[1].decoder(model)
+    state = decoder.new_state(batch, context + 256)
+    state.slot.fill_(context)
+    layers, eps = decoder.layers, decoder.eps
+    x = torch.randn(batch, SHAPE["hidden_size"], device="cuda").bfloat16()
+    qkv, gate_up = layers[0].qkv(x), layers[0].gate_up(x)
+    middle, logits = ops.silu_and_mul(gate_up), decoder.head(x)
+
+    def attend(layer, cache):
+        return ops.attention_decode(qkv, state.cos, state.sin, *cache, state.slot, state.start, early=True)
+
+    calls = {
+        "rms_norm": [lambda w=m.before_mlp: ops.rms_norm(x, w, eps) for m in layers],
+        "add_rms_norm": [lambda w=m.before_mlp: ops.add_rms_norm(x, x, w, eps) for m in layers],
+        "silu_and_mul": [lambda: ops.silu_and_mul(gate_up) for _ in layers],
+        "attention": [lambda m=m, c=c: attend(m, c) for m, c in zip(layers, state.cache, strict=True)],
+        "qkv": [lambda m=m: m.qkv(x) for m in layers],
+        "o": [lambda m=m: m.o(x) for m in layers],
+        "gate_up": [lambda m=m: m.gate_up(x) for m in layers],
+        "down": [lambda m=m: m.down(middle) for m in layers],
+        "head": [lambda: decoder.head(x)] * 4,
+        "greedy_append": [lambda: state.advance_greedily(logits)] * 16,
+    }
+    return {name: graph_us(each) for name, each in calls.items()}
+
+
 def decode_peer(model: nn.Module, batch: int, prompt: int, new: int, repeats: int, compiled: bool) -> dict[str, float]:
     """A step over a static cache, captured. The cache's contents are zeros: they do not matter to the time."""
     config = model.config
@@ -305,6 +333,8 @@ def run_arm(arm: str, args: argparse.Namespace, failed: list[str]) -> list[dict]
             torch._dynamo.reset()
             if row := guarded(f"{arm} decode batch {batch} ({way})", failed, call):
                 rows.append({"op": "decode", **about, "way": way, "batch": batch, "context": args.prompt, **row})
+        if args.parts and arm == "pyquant":
+            guarded(f"{arm} parts batch {batch}, us", failed, lambda b=batch: parts(model, b, args.prompt))
     if args.prefill and (
         row := guarded(f"{arm} prefill {args.prefill}", failed, lambda: prefill(model, arm, args.prefill, args.repeats))
     ):
@@ -342,6 +372,7 @@ def main() -> None:
     parser.add_argument("--lm-head-bits", type=int, default=16, choices=(4, 16))
     parser.add_argument("--compile", action="store_true", help="also time the peers under torch.compile")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step of pyquant")
+    parser.add_argument("--parts", action="store_true", help="also time each kernel of a step of pyquant by itself")
     parser.add_argument("--commit", help="the commit that is measured, where the folder is no git checkout")
     args = parser.parse_args()
     if not torch.cuda.is_available():

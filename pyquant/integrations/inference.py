@@ -27,6 +27,7 @@ from pyquant.nn.decoder import Captured, Decoder, State
 log = logging.getLogger("pyquant")
 
 ROUND = 256  # slots of a cache are a multiple of this, so that prompts of other lengths reuse its graph
+MAX_GRAPHS = 4  # of one state: one for sampling, one for each set of end tokens of greedy search
 
 
 def prepare_for_inference(model: nn.Module, lm_head_bits: int = 16) -> nn.Module:
@@ -207,6 +208,7 @@ def _decode(
     """transformers' ``_sample`` for a decoder-only model, returning token ids ``[B, length]``."""
     try:
         need(input_ids.device == decoder.norm.device, f"input_ids are on {input_ids.device}")
+        need(stopping_criteria.max_length is not None, "no length is given at which it stops")
         start = _padding(model_kwargs.get("attention_mask"), input_ids)
     except Unsupported as why:
         plan.warn(str(why))
@@ -237,6 +239,8 @@ def _decode(
     key = (None if eos is None else tuple(eos.tolist()), pad) if plain else "logits"
     if new > 1 and key not in state.graphs:  # before the prompt: the run before the capture writes into the state
         state.slot.zero_()
+        if len(state.graphs) == MAX_GRAPHS:
+            state.graphs.clear()
         state.graphs[key] = Captured(greedy if plain else lambda: decoder.step(state), input_ids.device)
     step = state.graphs.get(key)
 
