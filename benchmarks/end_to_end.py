@@ -298,13 +298,17 @@ def prefill(model: nn.Module, arm: str, tokens: int, repeats: int) -> dict[str, 
     return row
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def guarded(what: str, failed: list[str], call: Callable[[], dict[str, float]]) -> dict[str, float] | None:
     """The result of one measurement; a failure is printed and kept, and costs no other."""
     begin = time.perf_counter()
     try:
         row = call()
     except Exception as error:
-        failed.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        failed.append(f"{what}: {first_line(error)}")
         traceback.print_exc()
         print(f"{what}: FAILED", flush=True)
         return None
@@ -394,7 +398,7 @@ def main() -> None:
             rows += run_arm(arm, args, failed)
         except Exception as error:  # e.g. the arm's model does not fit
             traceback.print_exc()
-            failed.append(f"{arm}: {type(error).__name__}: {error}")
+            failed.append(f"{arm}: {first_line(error)}")
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps({"meta": about, "failed": failed, "rows": rows}, indent=1) + "\n")
