@@ -309,6 +309,30 @@ def test_changes_after_preparing_are_noticed():
     assert "generate" not in vars(model)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen2 unshared"])
+def test_weights_written_after_preparing_are_noticed(kind):
+    """Fused biases, and weights that had to be tiled anew, are copies."""
+    fields = SHARED if kind == "qwen2" else {}
+    model, ids = make("qwen2", **fields), some_tokens(2, 12)
+    pyquant.prepare_for_inference(model)
+    first = model.generate(ids, max_new_tokens=9, do_sample=False)
+    for _ in range(2):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.bias.add_(1)
+        second = model.generate(ids, max_new_tokens=9, do_sample=False)
+        assert torch.equal(second, type(model).generate(model, ids, max_new_tokens=9, do_sample=False))
+        assert not torch.equal(first, second)
+        first = second
+    state = model.state_dict()
+    for name in state:
+        if "up_proj.weight_packed" in name:
+            state[name] = state[name].flip(0)
+    model.load_state_dict(state)
+    third = model.generate(ids, max_new_tokens=9, do_sample=False)
+    assert torch.equal(third, type(model).generate(model, ids, max_new_tokens=9, do_sample=False))
+    assert not torch.equal(second, third)
+
+
 def test_inference_mode_leaves_no_traces():
     """What the first call makes under inference_mode serves later calls, and training, outside of it."""
     model, ids = make(**SHARED), some_tokens(2, 12)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from pyquant.integrations.read_decoder import Unsupported, need, read_decoder, signature
+from pyquant.integrations.read_decoder import Snapshot, Unsupported, need, read_decoder
 from pyquant.nn.decoder import Captured, Decoder, State
 
 log = logging.getLogger("pyquant")
@@ -78,7 +78,7 @@ class Plan:
     def __init__(self, head_bits: int) -> None:
         self.head_bits = head_bits
         self._decoder: Decoder | None = None
-        self._signature: tuple[int, ...] = ()
+        self._snapshot: Snapshot | None = None
         self._state: State | None = None
         self.warned: set[str] = set()
 
@@ -87,12 +87,12 @@ class Plan:
 
     def decoder(self, model: nn.Module) -> Decoder:
         """The model's parts, read again when it was moved, cast or changed."""
-        now = signature(model)
-        if self._decoder is None or now != self._signature:
+        if self._decoder is None or not self._snapshot.holds():
             self._free()
+            self._decoder, self._snapshot = None, None
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves calls outside of that mode too
                 self._decoder = read_decoder(model, self.head_bits)
-            self._signature = signature(model)  # fusing has moved weights
+            self._snapshot = Snapshot(model)  # fusing has moved weights
         return self._decoder
 
     def state(self, decoder: Decoder, batch: int, slots: int) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,16 +71,40 @@ def read_decoder(model: nn.Module, head_bits: int = 16) -> Decoder:
 
 def weights(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that the fused step reads from the model's modules."""
-    for _, module in model.named_modules():
-        if type(module) is QLinear:
-            yield from (t for t in (module.qweight, module.scale, module.zero, module.bias) if t is not None)
-        elif not module._modules:
-            yield from module.parameters(recurse=False)
+    for module in model.modules():
+        yield from _tensors(module).values()
 
 
-def signature(model: nn.Module) -> tuple[int, ...]:
-    """Addresses of those tensors: another one means that the model was moved, cast, or given other modules."""
-    return tuple(t.data_ptr() for t in weights(model))
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    held = {**module._parameters, **(module._buffers if type(module) is QLinear else {})}
+    return {name: t for name, t in held.items() if t is not None}
+
+
+class Snapshot:
+    """Which modules and tensors a model holds, to notice when it is moved, cast, written to, or given other modules.
+
+    The check walks flat lists, as it stands before every call of generate: 0.2 ms for 32 layers. The tensors are kept, so
+    that no address is given away meanwhile.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.links: list[tuple[dict[str, Any], str, Any]] = []
+        self.tensors: list[tuple[Tensor, int, int]] = []
+        for module in model.modules():
+            self.links += [(module._modules, name, child) for name, child in module._modules.items()]
+            for name, t in _tensors(module).items():
+                self.links.append((module._parameters if name in module._parameters else module._buffers, name, t))
+                self.tensors.append((t, t.data_ptr(), _version(t)))
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return all(held.get(name) is value for held, name, value in self.links) and all(
+            t.data_ptr() == address and _version(t) == version for t, address, version in self.tensors
+        )
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # inference tensors count none
 
 
 def _read_layer(layer: nn.Module, index: int) -> Layer:

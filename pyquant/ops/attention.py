@@ -91,6 +91,8 @@ def _declines(qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, *args: obj
         return f"more than {MAX_GROUP} query heads a KV head"
     if k_cache.data_ptr() % 16 or any(s % 8 for s in k_cache.stride()[:3]):
         return "the rows of the cache are not aligned to 16 bytes"
+    if cos.data_ptr() % 16 or sin.data_ptr() % 16:
+        return "the rotary tables are not aligned to 16 bytes"
     return None
 
 
