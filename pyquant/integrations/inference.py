@@ -68,7 +68,10 @@ def prepare_for_inference(model: nn.Module, lm_head_bits: int = 16) -> nn.Module
 
 def undo(model: nn.Module) -> nn.Module:
     """Give ``model.generate`` back to transformers and free the cache; fused weights stay shared, which costs nothing."""
-    vars(model).pop("generate", None)
+    prepared = vars(model).pop("generate", None)
+    for part in getattr(prepared, "args", ()):
+        if isinstance(part, Plan):
+            part.free()
     return model
 
 
@@ -88,7 +91,7 @@ class Plan:
     def decoder(self, model: nn.Module) -> Decoder:
         """The model's parts, read again when it was moved, cast or changed."""
         if self._decoder is None or not self._snapshot.holds():
-            self._free()
+            self.free()
             self._decoder, self._snapshot = None, None
             with torch.inference_mode(False), torch.no_grad():  # what is kept serves calls outside of that mode too
                 self._decoder = read_decoder(model, self.head_bits)
@@ -99,12 +102,12 @@ class Plan:
         """Memory for a batch: the last one where it fits."""
         state = self._state
         if state is None or state.batch != batch or state.capacity < slots:
-            self._free()  # before the new one is allocated
+            self.free()  # before the new one is allocated
             with torch.inference_mode(False), torch.no_grad():
                 self._state = decoder.new_state(batch, -(-slots // ROUND) * ROUND)
         return self._state
 
-    def _free(self) -> None:
+    def free(self) -> None:
         """Drop the state; its graphs refer back to it."""
         if self._state is not None:
             self._state.graphs.clear()

@@ -179,7 +179,8 @@ class Captured:
             torch.cuda.current_stream().wait_stream(stream)
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=stream):
+            # thread_local: a program that streams text may use the GPU from another thread meanwhile
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.result = run()
 
     def __call__(self) -> Tensor | None:
