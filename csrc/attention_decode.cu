@@ -117,7 +117,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Step<T> step) {
 
     const int splits = gridDim.x, split = blockIdx.x, kv_head = blockIdx.y, batch = blockIdx.z;
     const int group = step.heads / step.kv_heads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // one value a warp, as the compiler then knows
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     T* const k_cache = step.k_cache + batch * step.batch_stride + kv_head * step.head_stride;
     T* const v_cache = step.v_cache + batch * step.batch_stride + kv_head * step.head_stride;
     for (int i = threadIdx.x; i < S::kHeads * S::kRow; i += kThreads) shared.q[0][i] = from_float<T>(0.0f);
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Step<T> step) {
         ptx::copy_async_commit();
     }
     const int position = min(max(slot - start, 0), step.positions - 1);
-    const int half_warp = threadIdx.x / kHeadLanes, head_lane = lane % kHeadLanes;
+    const int head_lane = lane % kHeadLanes;
     const Angles angles = load_angles<D>(step.cos, step.sin, position, head_lane);
     if (step.early) ptx::wait_for_predecessor();
     __syncthreads();  // q is cleared
@@ -142,8 +143,8 @@ __global__ void __launch_bounds__(kThreads) attention_kernel(Step<T> step) {
     // Heads by half warps: `group` queries, then the key and the value where this block holds the new token.
     const bool owner = share.begin <= share.fresh && share.fresh < share.end;
     const int items = group + (owner ? 2 : 0);
-    for (int first = half_warp & ~1; first < items; first += kThreads / kHeadLanes) {
-        const int item = first + (half_warp & 1);
+    for (int first = 2 * warp; first < items; first += kThreads / kHeadLanes) {
+        const int item = first + lane / kHeadLanes;
         const bool is_q = item < group, is_k = item == group, is_v = item == group + 1;
         const int head = is_q ? kv_head * group + item : step.heads + (is_v ? step.kv_heads : 0) + kv_head;
         const bool wanted = item < items;
