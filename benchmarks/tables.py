@@ -94,7 +94,35 @@ def ptq() -> str:
     return accuracy("cpu/ptq.json")
 
 
-TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy, "ptq": ptq}
+def end_to_end(found: dict | None = None) -> str:
+    """Decode and prefill of the 8B shape, from benchmarks/end_to_end.py."""
+    found = found or _load("h200/end_to_end.json")
+    impls = {"pyquant": "pyquant", "bf16": "bf16", "tinygemm": "torch tinygemm int4"}
+    decode: dict[int, dict[str, float]] = {}
+    first: dict[str, float] = {}
+    for row in found["rows"]:
+        if row["op"] == "prefill":
+            first[row["impl"]] = row["ms"]
+        else:  # of several ways to run a peer the faster one
+            speeds = decode.setdefault(row["batch"], {})
+            speeds[row["impl"]] = max(row["tok_s"], speeds.get(row["impl"], 0.0))
+    rows = [
+        [f"decode, batch {batch}, tokens/s", *(f"{speeds[i]:.0f}" if i in speeds else "-" for i in impls)]
+        for batch, speeds in sorted(decode.items())
+    ]
+    length = next((r["context"] for r in found["rows"] if r["op"] == "prefill"), None)
+    if first:
+        rows.append([f"prefill of {length}, ms", *(f"{first[i]:.1f}" if i in first else "-" for i in impls)])
+    return _about(found["meta"]) + "\n\n" + _table(["", *impls.values()], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "linear": linear,
+    "fake_quant": fake_quant,
+    "accuracy": accuracy,
+    "ptq": ptq,
+    "end_to_end": end_to_end,
+}
 
 
 def fill(readme: str) -> str:

@@ -70,6 +70,48 @@ void fake_quant_backward(uintptr_t grad, int64_t grad_stride, uintptr_t w, int d
                                  bits, grad_scale, as_stream(stream));
 }
 
+void rms_norm(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, int dtype, uintptr_t weight,
+              uintptr_t y, uintptr_t sum, int64_t m, int64_t k, float eps, uintptr_t stream) {
+    pyquant::rms_norm(at<void>(x), x_stride, at<void>(residual), residual_stride, dtype, at<void>(weight), at<void>(y),
+                      at<void>(sum), m, k, eps, as_stream(stream));
+}
+
+void silu_and_mul(uintptr_t gate_up, int64_t stride, int dtype, uintptr_t y, int64_t m, int64_t columns,
+                  uintptr_t stream) {
+    pyquant::silu_and_mul(at<void>(gate_up), stride, dtype, at<void>(y), m, columns, as_stream(stream));
+}
+
+pyquant::AttentionArguments attention_arguments(uintptr_t qkv, int64_t qkv_stride, int dtype, uintptr_t k_cache,
+                                                uintptr_t v_cache, int64_t batch_stride, int64_t head_stride,
+                                                int64_t slot_stride, uintptr_t slot, uintptr_t start, uintptr_t q_norm,
+                                                uintptr_t k_norm, float eps, int64_t positions, int64_t batch,
+                                                int64_t heads, int64_t kv_heads, int64_t head_size, int64_t capacity) {
+    return {
+        at<void>(qkv), qkv_stride,    dtype,          at<void>(k_cache), at<void>(v_cache), batch_stride, head_stride,
+        slot_stride,   at<int>(slot), at<int>(start), at<void>(q_norm),  at<void>(k_norm),  eps,          positions,
+        batch,         heads,         kv_heads,       head_size,         capacity};
+}
+
+void rope_append(const pyquant::AttentionArguments& a, uintptr_t cos, uintptr_t sin, uintptr_t q_out, int64_t length,
+                 uintptr_t stream) {
+    pyquant::rope_append(a, at<void>(cos), at<void>(sin), at<void>(q_out), length, as_stream(stream));
+}
+
+void attention_decode(const pyquant::AttentionArguments& a, uintptr_t cos, uintptr_t sin, uintptr_t out, float scaling,
+                      int64_t window, bool early, uintptr_t stream) {
+    pyquant::attention_decode(a, at<void>(cos), at<void>(sin), at<void>(out), scaling, window, early,
+                              as_stream(stream));
+}
+
+void greedy_append(uintptr_t logits, int64_t stride, int dtype, int64_t rows, int64_t columns, uintptr_t tokens,
+                   int64_t token_stride, int64_t width, uintptr_t ids, uintptr_t slot, uintptr_t unfinished,
+                   uintptr_t length, uintptr_t eos, int64_t eos_count, int64_t pad, uintptr_t stream) {
+    pyquant::greedy_append(at<void>(logits), stride, dtype, rows, columns,
+                           {at<int64_t>(tokens), token_stride, width, at<int64_t>(ids), at<int>(slot),
+                            at<int64_t>(unfinished), at<int64_t>(length), at<int64_t>(eos), eos_count, pad},
+                           as_stream(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -109,4 +151,10 @@ PYBIND11_MODULE(_C, m) {
           "The id of the graph that a stream is being captured into, or 0.");
     m.def("fake_quant", &fake_quant);
     m.def("fake_quant_backward", &fake_quant_backward);
+    py::class_<pyquant::AttentionArguments>(m, "AttentionArguments").def(py::init(&attention_arguments));
+    m.def("rms_norm", &rms_norm);
+    m.def("silu_and_mul", &silu_and_mul);
+    m.def("rope_append", &rope_append);
+    m.def("attention_decode", &attention_decode);
+    m.def("greedy_append", &greedy_append);
 }

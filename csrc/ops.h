@@ -48,4 +48,51 @@ void fake_quant_backward(const void* grad, int64_t grad_stride, const void* w, i
                          const float* scale, const float* zero, void* dw, float* dscale, float* dzero, int64_t n,
                          int64_t k, int64_t group_size, int bits, float grad_scale, cudaStream_t stream);
 
+// ---- the kernels of a decode step around the matrix products
+
+// y [m, k] contiguous = x * rsqrt(mean(x^2) + eps) * weight; with a residual, sum = x + residual is written and takes
+// the place of x.
+void rms_norm(const void* x, int64_t x_stride, const void* residual, int64_t residual_stride, int dtype,
+              const void* weight, void* y, void* sum, int64_t m, int64_t k, float eps, cudaStream_t stream);
+
+// y [m, columns] contiguous = silu(gate) * up for gate_up [m, 2 columns].
+void silu_and_mul(const void* gate_up, int64_t stride, int dtype, void* y, int64_t m, int64_t columns,
+                  cudaStream_t stream);
+
+// What rope_append and attention_decode share: csrc/attention_decode.cu says what each is.
+struct AttentionArguments {
+    const void* qkv;
+    int64_t qkv_stride;
+    int dtype;
+    void *k_cache, *v_cache;
+    int64_t batch_stride, head_stride, slot_stride;
+    const int *slot, *start;
+    const void *q_norm, *k_norm;
+    float eps;
+    int64_t positions, batch, heads, kv_heads, head_size, capacity;
+};
+
+// cos and sin fp32 [positions, head_size / 2]; q_out [batch, length, heads, head_size].
+void rope_append(const AttentionArguments& a, const void* cos, const void* sin, void* q_out, int64_t length,
+                 cudaStream_t stream);
+
+// out [batch, heads * head_size]; window 0 attends to everything since start.
+void attention_decode(const AttentionArguments& a, const void* cos, const void* sin, void* out, float scaling,
+                      int64_t window, bool early, cudaStream_t stream);
+
+// What greedy_append updates: csrc/sample.cu says how. eos null: sequences do not end.
+struct GreedyState {
+    int64_t* tokens;
+    int64_t token_stride, width;
+    int64_t* ids;
+    int* slot;
+    int64_t *unfinished, *length;
+    const int64_t* eos;
+    int64_t eos_count, pad;
+};
+
+// logits [rows, columns] of a 16-bit dtype.
+void greedy_append(const void* logits, int64_t stride, int dtype, int64_t rows, int64_t columns, const GreedyState& s,
+                   cudaStream_t stream);
+
 }  // namespace pyquant

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from pyquant.formats.spec import QuantSpec
+    from pyquant.integrations.inference import prepare_for_inference
     from pyquant.integrations.transformers import PyQuantConfig, load_model
     from pyquant.nn.linear import FakeQuantLinear, QLinear
     from pyquant.nn.swap import swap
@@ -29,6 +30,7 @@ _HOME = {
     "fake_quant": "pyquant.ops.fake_quant",
     "linear_w4a16": "pyquant.ops.linear",
     "load_model": "pyquant.integrations.transformers",
+    "prepare_for_inference": "pyquant.integrations.inference",
     "quantize_int4": "pyquant.ops.quantize",
     "swap": "pyquant.nn.swap",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "fake_quant",
     "linear_w4a16",
     "load_model",
+    "prepare_for_inference",
     "quantize_int4",
     "swap",
 ]

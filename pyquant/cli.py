@@ -359,9 +359,12 @@ def generate(
     """Continue a prompt; a quantized model runs on pyquant's kernels."""
     from pyquant.integrations.commands import generate as run
     from pyquant.integrations.commands import load_any, token_streamer
+    from pyquant.integrations.inference import prepare_for_inference
 
     with Progress():
         loaded, tokenizer, _ = load_any(model, device, dtype)
+    if loaded.device.type == "cuda":
+        prepare_for_inference(loaded)
     streamer = token_streamer(tokenizer) if sys.stdout.isatty() else None
     text = run(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
     if streamer is None:

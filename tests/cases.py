@@ -415,4 +415,6 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         wide = torch.randn(2, 100, 5, device=device).half().transpose(1, 2)
         calls["linear_w4a16"].append((leaf(wide), qweight, scale, zero, None, 70, 32))
         calls["linear_w4a16_backward"].append((wide[..., :70], qweight, scale, zero, 100, 32))
-    return calls
+    import decode_cases  # here, as it imports this file
+
+    return {**calls, **decode_cases.sample_calls(device)}

@@ -49,3 +49,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of generate that is left to transformers fails the test."""
+    from pyquant.integrations import inference
+
+    def fail(self: object, why: str) -> None:
+        raise AssertionError(f"fell back: {why}")
+
+    monkeypatch.setattr(inference.Plan, "warn", fail)

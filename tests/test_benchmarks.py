@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import end_to_end
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
 
@@ -33,3 +35,19 @@ def test_linear_is_faster_than_cublas_for_one_token():
     single = [r for r in rows if r["impl"] == "pyquant" and r["M"] == 1]
     assert len(single) == 5
     assert all(r["us"] < r["baseline_us"] for r in single)
+
+
+def test_end_to_end_table():
+    rows = [
+        {"op": "decode", "impl": "bf16", "batch": 8, "tok_s": 10.0},
+        {"op": "decode", "impl": "pyquant", "batch": 1, "tok_s": 31.6},
+        {"op": "decode", "impl": "bf16", "batch": 8, "tok_s": 20.0},
+        {"op": "prefill", "impl": "pyquant", "batch": 1, "context": 2048, "ms": 7.25},
+    ]
+    meta = {"gpu": "G", "torch": "2", "date": "d", "commit": "c" * 40, "ceilings": {"read_tbps": 1, "bf16_tflops": 2}}
+    lines = end_to_end({"meta": meta, "rows": rows}).splitlines()
+    assert lines[-3:] == [
+        "| decode, batch 1, tokens/s | 32 | - | - |",
+        "| decode, batch 8, tokens/s | - | 20 | - |",
+        "| prefill of 2048, ms | 7.2 | - | - |",
+    ]

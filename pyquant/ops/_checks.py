@@ -68,3 +68,11 @@ def check_tiled(op: str, qweight: Tensor, scale: Tensor, zero: Tensor | None, n:
         check(tuple(zero.shape) == want, f"{op}: tiled zero must have shape {want}, got {tuple(zero.shape)}")
         check(zero.is_contiguous(), f"{op}: zero must be contiguous")
     check_device(op, qweight, scale=scale, zero=zero)
+
+
+def check_no_grad(op: str, *tensors: Tensor | None) -> None:
+    """No gradient is wanted of an op that has none."""
+    check(
+        not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors),
+        f"{op}: has no gradient; call it under torch.no_grad() or with tensors that do not require one",
+    )

@@ -1,0 +1,220 @@
+"""A Llama-like decoder as a chain of fused kernels over a static cache, one captured graph a step.
+
+A step of one token a sequence is, for each layer, eight launches::
+
+    rms_norm (+ residual) -> q,k,v -> rotate + append + attend -> o -> rms_norm + residual -> gate,up -> silu * -> down
+
+The modules of a model are read, not replaced: :class:`Decoder` refers to their weights. What knows transformers is in
+:mod:`pyquant.integrations.inference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pyquant import reference
+from pyquant.nn.fused import FusedLinear
+from pyquant.ops import add_rms_norm, attention_decode, greedy_append, rms_norm, rope_append, silu_and_mul
+
+
+@dataclass
+class Layer:
+    """One decoder layer: projections, norm weights, and the window of its attention (0: none)."""
+
+    qkv: FusedLinear
+    o: nn.Module
+    gate_up: FusedLinear
+    down: nn.Module
+    before_attention: Tensor
+    before_mlp: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    window: int = 0
+
+
+@dataclass
+class Decoder:
+    """The parts of a decoder-only model.
+
+    Attributes:
+        embed: token ids to ``[..., hidden]``.
+        layers, norm, head: the layers, the weight of the last norm, hidden to logits.
+        rotary: ``positions [P]`` to ``(cos, sin)``, fp32 ``[P, D/2]``.
+        kv_heads, size, scaling, eps: KV heads, head size, factor of the scores, eps of every norm.
+    """
+
+    embed: nn.Module
+    layers: list[Layer]
+    norm: Tensor
+    head: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor], tuple[Tensor, Tensor]]
+    kv_heads: int
+    size: int
+    scaling: float
+    eps: float
+
+    def prefill(self, state: State, ids: Tensor, start: Tensor | None = None) -> Tensor:
+        """Run prompts through the model and fill the cache from slot 0.
+
+        Args:
+            state: memory for at least L tokens a sequence.
+            ids: int64 ``[B, L]``, padded on the left.
+            start: int32 ``[B]``, how many tokens of each prompt are padding; None for none.
+
+        Returns:
+            logits of the last tokens, ``[B, V]``.
+        """
+        length = ids.shape[1]
+        state.slot.zero_()
+        state.start.zero_() if start is None else state.start.copy_(start)
+        x = self.embed(ids)
+        y = rms_norm(x, self.layers[0].before_attention, self.eps)
+        masks: dict[int, Tensor | None] = {}
+        for i, layer in enumerate(self.layers):
+            k, v = state.cache[i]
+            q = rope_append(
+                layer.qkv(y), state.cos, state.sin, k, v, state.slot, state.start, layer.q_norm, layer.k_norm, self.eps
+            )
+            window = layer.window if layer.window < length else 0
+            if window not in masks:
+                masks[window] = prompt_mask(length, state.start, window, start is not None)
+            a = attend(q, k[:, :, :length], v[:, :, :length], masks[window], self.scaling)
+            y, x = add_rms_norm(layer.o(a), x, layer.before_mlp, self.eps)
+            if i + 1 == len(self.layers):  # of the last layer only the last token counts
+                y, x = y[:, -1], x[:, -1]
+            y = layer.down(silu_and_mul(layer.gate_up(y)))
+            y, x = add_rms_norm(y, x, self.norm_after(i), self.eps)
+        state.slot.fill_(length - 1)
+        return self.head(y)
+
+    def step(self, state: State) -> Tensor:
+        """One token a sequence: ``state.ids`` goes to ``state.slot``; returns the logits ``[B, V]``."""
+        x = self.embed(state.ids)
+        y = rms_norm(x, self.layers[0].before_attention, self.eps)
+        for i, layer in enumerate(self.layers):
+            # Early: slot, start and the cache before slot are final since before this step began.
+            a = attention_decode(
+                layer.qkv(y), state.cos, state.sin, *state.cache[i], state.slot, state.start, layer.q_norm,
+                layer.k_norm, self.eps, self.scaling, layer.window, True,
+            )  # fmt: skip
+            y, x = add_rms_norm(layer.o(a), x, layer.before_mlp, self.eps)
+            y = layer.down(silu_and_mul(layer.gate_up(y)))
+            y, x = add_rms_norm(y, x, self.norm_after(i), self.eps)
+        return self.head(y)
+
+    def norm_after(self, i: int) -> Tensor:
+        """Weight of the norm that follows layer i."""
+        return self.norm if i + 1 == len(self.layers) else self.layers[i + 1].before_attention
+
+    def new_state(self, batch: int, capacity: int) -> State:
+        """Memory for ``batch`` sequences of ``capacity`` tokens."""
+        w = self.norm
+        shape = (batch, self.kv_heads, capacity, self.size)
+        cache = [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.layers]
+        cos, sin = self.rotary(torch.arange(capacity, device=w.device))
+        return State(cache, cos, sin, torch.zeros(batch, capacity + 1, dtype=torch.int64, device=w.device))
+
+
+class State:
+    """What a batch of sequences keeps between steps.
+
+    Attributes:
+        cache: (k, v) ``[B, Hkv, S, D]`` of each layer.
+        cos, sin: rotary tables, fp32 ``[S, D/2]``.
+        tokens: int64 ``[B, S + 1]``, prompt and generated tokens by slot.
+        ids: int64 ``[B]``, the next step's input; slot: int32 ``[B]``, where it goes; start: int32 ``[B]``.
+        unfinished: int64 ``[B]``, 1 until a sequence has ended.
+        length: int64 ``[B]``, tokens of each sequence up to the one that ended it.
+    """
+
+    def __init__(self, cache: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, tokens: Tensor) -> None:
+        self.cache, self.cos, self.sin, self.tokens = cache, cos, sin, tokens
+        batch, device = tokens.shape[0], tokens.device
+        self.report = torch.zeros(2, batch, dtype=torch.int64, device=device)  # one copy tells the host of both
+        self.ids, self.unfinished = self.report[0], self.report[1]
+        self.slot = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.start = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.graphs: dict[object, Captured] = {}
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.tokens.shape[1] - 1
+
+    def begin(self, ids: Tensor) -> None:
+        """Take up new prompts ``[B, L]``."""
+        self.tokens[:, : ids.shape[1]] = ids
+        self.unfinished.fill_(1)
+        self.length.fill_(ids.shape[1])
+
+    def advance(self, chosen: Tensor, eos: Tensor | None = None, pad: int = 0) -> None:
+        """Append the chosen tokens ``[B]``; sequences that have ended get ``pad``, those that choose one of ``eos`` end."""
+        reference.append(chosen, self.tokens, self.ids, self.slot, self.unfinished, self.length, eos, pad)
+
+    def advance_greedily(self, logits: Tensor, eos: Tensor | None = None, pad: int = 0) -> None:
+        """Append the likeliest tokens of ``logits [B, V]``."""
+        greedy_append(logits, self.tokens, self.ids, self.slot, self.unfinished, self.length, eos, pad)
+
+
+class Captured:
+    """A function of no arguments as a CUDA graph (called as it is on the CPU); ``result`` is what it returned."""
+
+    def __init__(self, run: Callable[[], Tensor | None], device: torch.device) -> None:
+        self.run, self.graph, self.result = run, None, None
+        if device.type != "cuda":
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()  # libraries allocate what they need outside of the capture
+            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
+            # thread_local: a program that streams text may use the GPU from another thread meanwhile
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.result = run()
+
+    def __call__(self) -> Tensor | None:
+        if self.graph is None:
+            self.result = self.run()
+        else:
+            self.graph.replay()
+        return self.result
+
+
+def prompt_mask(length: int, start: Tensor, window: int, padded: bool) -> Tensor | None:
+    """``[B, 1, L, L]`` or ``[1, 1, L, L]``, True where a token attends; None for plain causal attention.
+
+    Padding attends to itself, so that no row is empty.
+    """
+    if not padded and not window:
+        return None
+    at = torch.arange(length, device=start.device)
+    mask = at[None, :] <= at[:, None]
+    if window:
+        mask = mask & (at[None, :] > at[:, None] - window)
+    mask = mask[None, None]
+    if padded:
+        mask = mask & (at >= start[:, None])[:, None, None]
+    return mask | torch.eye(length, dtype=torch.bool, device=start.device)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Attention of a prompt: q ``[B, L, Hq, D]``, k and v ``[B, Hkv, L, D]``; returns ``[B, L, Hq D]``."""
+    attention = nn.functional.scaled_dot_product_attention
+    if mask is None:
+        out = attention(q.transpose(1, 2), k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    else:  # the fused kernels that take a mask do not take grouped heads
+        group = q.shape[2] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out = attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=scaling)
+    return out.transpose(1, 2).flatten(2)
