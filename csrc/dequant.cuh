@@ -68,20 +68,6 @@ __device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b, __half) {
     __half2 r = __hmul2(reinterpret_cast<__half2&>(a), reinterpret_cast<__half2&>(b));
     return reinterpret_cast<uint32_t&>(r);
 }
-// Two floats to a pair, the first in the low half.
-template <typename T>
-__device__ __forceinline__ uint32_t pack2(float low, float high);
-template <>
-__device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float low, float high) {
-    __nv_bfloat162 r = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<uint32_t&>(r);
-}
-template <>
-__device__ __forceinline__ uint32_t pack2<__half>(float low, float high) {
-    __half2 r = __floats2half2_rn(low, high);
-    return reinterpret_cast<uint32_t&>(r);
-}
-
 // Both halves times one factor.
 __device__ __forceinline__ uint32_t multiply2(uint32_t a, __nv_bfloat16 factor) {
     __nv_bfloat162 r = __hmul2(reinterpret_cast<__nv_bfloat162&>(a), __bfloat162bfloat162(factor));

@@ -20,16 +20,19 @@ inline void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-// Let a kernel use all the shared memory a block of this device can have. Asked for once a kernel and device.
+// Let a kernel use all the shared memory that a block of the current device can have, and say how much that is. Asked
+// for once a kernel and device.
 template <auto KERNEL>
-void allow_shared_memory(int device, const char* what) {
-    static std::atomic<uint64_t> done{0};
-    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
-    if (bit && (done.load(std::memory_order_relaxed) & bit)) return;
-    int most = 0;
+int allow_shared_memory(const char* what) {
+    static std::atomic<int> allowed[64];
+    int device = 0, most = 0;
+    check_cuda(cudaGetDevice(&device), what);
+    if (device < 64) most = allowed[device].load(std::memory_order_relaxed);
+    if (most) return most;
     check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
     check_cuda(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
-    done.fetch_or(bit, std::memory_order_relaxed);
+    if (device < 64) allowed[device].store(most, std::memory_order_relaxed);
+    return most;
 }
 
 template <typename F>

@@ -6,8 +6,8 @@
 #include <algorithm>
 
 #include "format.cuh"
-#include "launch.cuh"
 #include "ops.h"
+#include "programmatic.cuh"
 
 namespace pyquant {
 
@@ -22,10 +22,7 @@ void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t 
     require(reinterpret_cast<uintptr_t>(call.qweight) % 16 == 0 && reinterpret_cast<uintptr_t>(call.scale) % 16 == 0 &&
                 reinterpret_cast<uintptr_t>(call.zero) % 16 == 0 && reinterpret_cast<uintptr_t>(call.y) % 16 == 0,
             "linear_w4a16: qweight, scale, zero and y must begin at multiples of 16 bytes");
-    int device = 0, major = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    const bool hopper = major == 9;
+    const bool hopper = current_device().major == 9;
     if (hopper && (tokens > 0 ? tokens > 8 : call.m > 4)) {
         linear_wgmma(call, tokens, variant, stream);
     } else {

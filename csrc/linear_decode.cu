@@ -32,9 +32,9 @@
 // Tried and lost: benchmarks/NOTES.md.
 #include <algorithm>
 
-#include "dequant.cuh"
-#include "launch.cuh"
 #include "ops.h"
+#include "pieces.cuh"
+#include "programmatic.cuh"
 
 namespace pyquant {
 namespace {
@@ -85,11 +85,11 @@ template <typename T>
 __device__ __forceinline__ uint4 load_x(const T* __restrict__ row, const Problem& p, int col, bool vectors) {
     uint4 v = make_uint4(0, 0, 0, 0);
     if (col >= p.k) return v;
-    if (vectors) return __ldcg(reinterpret_cast<const uint4*>(row + col));
+    if (vectors) return ptx::load16(row + col);
     unsigned short* parts = reinterpret_cast<unsigned short*>(&v);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        if (col + i < p.k) parts[i] = __ldcg(reinterpret_cast<const unsigned short*>(row + col + i));
+        if (col + i < p.k) parts[i] = ptx::load_bits(row + col + i);
     }
     return v;
 }
@@ -368,21 +368,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     ptx::copy_async_wait<0>();
 }
 
-struct Device {
-    int index, multiprocessors, major, shared;  // shared memory a block can have
-};
-
-Device current_device() {
-    Device d{};
-    check_cuda(cudaGetDevice(&d.index), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, d.index),
-               "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&d.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d.index),
-               "cudaDeviceGetAttribute");
-    check_cuda(cudaDeviceGetAttribute(&d.major, cudaDevAttrComputeCapabilityMajor, d.index), "cudaDeviceGetAttribute");
-    return d;
-}
-
 // The split that moves the fewest bytes through the busiest multiprocessor: weights, and x, whose conversion costs as
 // much as reading about twice its size, for every pass over it; adding up a cluster costs as much as about 90 KB, and a
 // block that leaves no room for the next kernel as much as 40. force_splits > 0 takes that many.
@@ -391,7 +376,8 @@ struct Choice {
     int bytes;  // shared memory
 };
 
-Choice choose(const Problem& p, const Device& device, int slot_bytes, int force_splits, int most_tokens) {
+Choice choose(const Problem& p, const Device& device, int most_bytes, int slot_bytes, int force_splits,
+              int most_tokens) {
     Choice best{};
     double least = 0;
     const int live = std::min(p.m, most_tokens), tokens = live <= 1 ? 1 : live <= 2 ? 2 : live <= 4 ? 4 : 8;
@@ -407,7 +393,7 @@ Choice choose(const Problem& p, const Device& device, int slot_bytes, int force_
             return kSlots * slot_bytes + sums_bytes(live) + kWarps * x_bytes(tokens, window);
         };
         c.plan.window = pairs;
-        while (c.plan.window > 1 && bytes_of(c.plan.window) > device.shared) --c.plan.window;
+        while (c.plan.window > 1 && bytes_of(c.plan.window) > most_bytes) --c.plan.window;
         c.plan.restage = c.plan.window < pairs;
         c.bytes = bytes_of(c.plan.window);
         const double reads = 2.0 * share * live * 2 * kPairK * (c.plan.restage ? passes : 1);
@@ -425,36 +411,17 @@ void launch(const LinearCall& call, const Problem& p, int force_splits, cudaStre
     constexpr auto kernel = decode_kernel<T, NT, GROUPS, PER_CHANNEL, ZERO>;
     constexpr int slot_bytes = sizeof(Slot<GROUPS, ZERO>);
     const Device device = current_device();
-    const Choice choice = choose(p, device, slot_bytes, force_splits, 4 * NT);
-    allow_shared_memory<kernel>(device.index, "linear_w4a16");
+    const int most_bytes = allow_shared_memory<kernel>("linear_w4a16");
+    const Choice choice = choose(p, device, most_bytes, slot_bytes, force_splits, 4 * NT);
     const int64_t passes = ceil_div(p.m, 4 * NT);
     require(passes <= 65535, "linear_w4a16: M=" + std::to_string(p.m) + " is too large for one launch");
-
-    cudaLaunchConfig_t config{};
-    config.gridDim =
-        dim3(static_cast<unsigned>(choice.plan.row_blocks << choice.plan.log_splits), static_cast<unsigned>(passes));
-    config.blockDim = dim3(kThreads);
-    config.dynamicSmemBytes = choice.bytes;
-    config.stream = stream;
-    cudaLaunchAttribute attributes[2]{};
-    config.attrs = attributes;
-    if (choice.plan.log_splits > 0) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attributes[config.numAttrs].val.clusterDim.x = 1u << choice.plan.log_splits;
-        attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
-        ++config.numAttrs;
-    }
-    if (device.major >= 9) {
-        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-        ++config.numAttrs;
-    }
+    const dim3 grid(static_cast<unsigned>(choice.plan.row_blocks << choice.plan.log_splits),
+                    static_cast<unsigned>(passes));
     const bool vectors = p.k % 8 == 0 && p.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0;
-    check_cuda(
-        cudaLaunchKernelEx(&config, kernel, static_cast<const T*>(call.x), reinterpret_cast<const uint4*>(call.qweight),
-                           static_cast<const T*>(call.scale), call.zero, static_cast<const T*>(call.bias),
-                           static_cast<T*>(call.y), p, choice.plan, vectors),
-        "linear_w4a16");
+    launch_programmatic("linear_w4a16", kernel, grid, kThreads, choice.bytes, 1u << choice.plan.log_splits,
+                        device.major, stream, static_cast<const T*>(call.x),
+                        reinterpret_cast<const uint4*>(call.qweight), static_cast<const T*>(call.scale), call.zero,
+                        static_cast<const T*>(call.bias), static_cast<T*>(call.y), p, choice.plan, vectors);
 }
 
 }  // namespace

@@ -28,9 +28,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "dequant.cuh"
-#include "launch.cuh"
 #include "ops.h"
+#include "pieces.cuh"
+#include "programmatic.cuh"
 #include "wgmma.cuh"
 
 namespace pyquant {
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(Config<BN>::kThreads, Config<BN>::kBlocks)
                 ptx::named_barrier(1, kComputeThreads);
                 constexpr int kAtOnce = BN <= 16 ? 4 : BN <= 32 ? 2 : 1;  // blocks whose sums are on their way together
                 for (int block = blockIdx.x - 1; block >= first; block -= kAtOnce) {
-                    float4 four[kAtOnce][BN / 8];
+                    uint4 four[kAtOnce][BN / 8];  // floats
 #pragma unroll
                     for (int j = 0; j < kAtOnce; ++j) {
                         const float4* from =
@@ -375,15 +375,17 @@ __global__ void __launch_bounds__(Config<BN>::kThreads, Config<BN>::kBlocks)
 #pragma unroll
                         for (int i = 0; i < BN / 8; ++i) {
                             four[j][i] =
-                                block - j >= first ? __ldcg(from + i * kComputeThreads) : make_float4(0, 0, 0, 0);
+                                block - j >= first ? ptx::load16(from + i * kComputeThreads) : make_uint4(0, 0, 0, 0);
                         }
                     }
 #pragma unroll
                     for (int j = 0; j < kAtOnce; ++j) {
 #pragma unroll
                         for (int i = 0; i < BN / 8; ++i) {
-                            acc[4 * i] += four[j][i].x, acc[4 * i + 1] += four[j][i].y;
-                            acc[4 * i + 2] += four[j][i].z, acc[4 * i + 3] += four[j][i].w;
+                            acc[4 * i] += __uint_as_float(four[j][i].x);
+                            acc[4 * i + 1] += __uint_as_float(four[j][i].y);
+                            acc[4 * i + 2] += __uint_as_float(four[j][i].z);
+                            acc[4 * i + 3] += __uint_as_float(four[j][i].w);
                         }
                     }
                 }
@@ -402,8 +404,8 @@ __global__ void __launch_bounds__(Config<BN>::kThreads, Config<BN>::kBlocks)
                 for (int j = 0; j < C::kOutTokens / 16; ++j) {
                     const float* d = acc + (first / 8 + 2 * j) * 4;
                     T* to = &shared.out[group][16 * j + lane / 16 * 8 + lane % 8][16 * warp + lane / 8 % 2 * 8];
-                    ptx::stmatrix_x4_trans(to, pack2<T>(d[0], d[1]), pack2<T>(d[2], d[3]), pack2<T>(d[4], d[5]),
-                                           pack2<T>(d[6], d[7]));
+                    ptx::stmatrix_x4_trans(to, pack2(d[0], d[1], T{}), pack2(d[2], d[3], T{}), pack2(d[4], d[5], T{}),
+                                           pack2(d[6], d[7], T{}));
                 }
                 ptx::named_barrier(2 + group, 128);
                 for (int i = within; i < C::kOutTokens * 8; i += 128) {
@@ -500,7 +502,7 @@ Choice choose(const LinearCall& call, int multiprocessors, int force_tokens, int
 }
 
 template <typename T, int BN, int GROUP>
-void launch(const LinearCall& call, int cut, int device, int multiprocessors, cudaStream_t stream) {
+void launch(const LinearCall& call, int cut, int multiprocessors, cudaStream_t stream) {
     using C = Config<BN>;
     Problem p{};
     p.m = static_cast<int>(call.m), p.n = static_cast<int>(call.n), p.k = static_cast<int>(call.k);
@@ -516,7 +518,7 @@ void launch(const LinearCall& call, int cut, int device, int multiprocessors, cu
     constexpr auto kernel = wgmma_kernel<T, BN, GROUP>;
     constexpr size_t bytes = sizeof(Shared<T, BN, GROUP>);
     static_assert(bytes <= 227 << 10, "shared memory of a block");
-    allow_shared_memory<kernel>(device, "linear_w4a16");
+    allow_shared_memory<kernel>("linear_w4a16");
     const int64_t tiles = static_cast<int64_t>(p.row_blocks) * p.token_blocks;
     require(tiles * ceil_div(call.k, kUnitK) < (int64_t{1} << 30),
             "linear_w4a16: M=" + std::to_string(p.m) + " x N=" + std::to_string(p.n) + " is too large");
@@ -525,21 +527,10 @@ void launch(const LinearCall& call, int cut, int device, int multiprocessors, cu
     require(!cut || call.workspace_bytes >= kFlagBytes + blocks * partial_bytes(BN),
             "linear_w4a16: a workspace of " + std::to_string(call.workspace_bytes) + " bytes is too small");
 
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(C::kThreads);
-    config.dynamicSmemBytes = bytes;
-    config.stream = stream;
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    check_cuda(
-        cudaLaunchKernelEx(&config, kernel, map_x(call, BN), reinterpret_cast<const unsigned char*>(call.qweight),
-                           static_cast<const T*>(call.scale), call.zero, static_cast<const T*>(call.bias),
-                           static_cast<T*>(call.y), static_cast<unsigned char*>(call.workspace), p),
-        "linear_w4a16");
+    launch_programmatic("linear_w4a16", kernel, dim3(static_cast<unsigned>(blocks)), C::kThreads, bytes, 1, 9, stream,
+                        map_x(call, BN), reinterpret_cast<const unsigned char*>(call.qweight),
+                        static_cast<const T*>(call.scale), call.zero, static_cast<const T*>(call.bias),
+                        static_cast<T*>(call.y), static_cast<unsigned char*>(call.workspace), p);
 }
 
 }  // namespace
@@ -552,25 +543,22 @@ int64_t linear_workspace(int multiprocessors) {
 }
 
 void linear_wgmma(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream) {
-    int device = 0, multiprocessors = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-               "cudaDeviceGetAttribute");
+    const int multiprocessors = current_device().multiprocessors;
     const Choice choice = choose(call, multiprocessors, force_tokens, force_cut);
     const auto with_group = [&](auto type, auto group) {
         using T = decltype(type);
         constexpr int kGroup = decltype(group)::value;
         switch (choice.tokens) {
             case 16:
-                return launch<T, 16, kGroup>(call, choice.cut, device, multiprocessors, stream);
+                return launch<T, 16, kGroup>(call, choice.cut, multiprocessors, stream);
             case 32:
-                return launch<T, 32, kGroup>(call, choice.cut, device, multiprocessors, stream);
+                return launch<T, 32, kGroup>(call, choice.cut, multiprocessors, stream);
             case 64:
-                return launch<T, 64, kGroup>(call, choice.cut, device, multiprocessors, stream);
+                return launch<T, 64, kGroup>(call, choice.cut, multiprocessors, stream);
             case 128:
-                return launch<T, 128, kGroup>(call, choice.cut, device, multiprocessors, stream);
+                return launch<T, 128, kGroup>(call, choice.cut, multiprocessors, stream);
             default:
-                return launch<T, 256, kGroup>(call, choice.cut, device, multiprocessors, stream);
+                return launch<T, 256, kGroup>(call, choice.cut, multiprocessors, stream);
         }
     };
     const auto run = [&](auto type) {

@@ -48,10 +48,14 @@ __device__ __forceinline__ int load_int(const int* from) {
     asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
     return v;
 }
-template <typename T>
-__device__ __forceinline__ float load_one(const T* from) {  // T of 16 bits
+__device__ __forceinline__ uint16_t load_bits(const void* from) {
     uint16_t bits;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(from) : "memory");
+    return bits;
+}
+template <typename T>
+__device__ __forceinline__ float load_one(const T* from) {  // T of 16 bits
+    const uint16_t bits = load_bits(from);
     return to_float(reinterpret_cast<const T&>(bits));
 }
 
