@@ -105,9 +105,9 @@ WEIGHT_FAULTS: dict[str, Callable[[Weight], Weight]] = {
 
 
 def one_wrong_element(result: Tensor) -> Tensor:
-    """An element in the middle replaced by its mirror image (by 1 where it is 0)."""
+    """The element of median size replaced by its mirror image (by 1 where it is 0)."""
     bad = result.clone().reshape(-1)
-    middle = bad.numel() // 2
+    middle = int(bad.double().abs().argsort()[bad.numel() // 2])
     bad[middle] = torch.where(bad[middle] == 0, torch.ones_like(bad[middle]), -bad[middle])
     return bad.view(result.shape)
 
@@ -220,7 +220,13 @@ def make_x(rows: int, columns: int, layout: str, dtype: torch.dtype, device: str
 
 
 def want_product(
-    x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, rounded_weight: bool, fixed_point_x: bool = False
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    rounded_weight: bool,
+    fixed_point_x: bool = False,
+    by_cublas: bool = False,
 ) -> Want:
     """``x @ w.T + bias`` for x ``[M, K]`` and w ``[N, K]`` in fp64, computed by a kernel that returns dtype.
 
@@ -230,8 +236,9 @@ def want_product(
     * fp32 sums: each of K additions is off by at most 2^-23 of a partial sum (tensor cores truncate), and a partial sum
       of K random terms stays below about 4 l2, where l2 = sqrt(sum x^2 w^2); sums in fewer, longer steps err less;
     * a weight rounded to 16 bits, where the kernel does that: K independent errors of at most u |x w|, of deviation
-      u / sqrt(3) |x w|, so six deviations of their sum are 6 u / sqrt(3) l2. That kernel is cuBLAS, which torch by
-      default allows to add the parts of a split K in 16 bits: one more rounding of a partial sum, at most u * 4 l2;
+      u / sqrt(3) |x w|, so six deviations of their sum are 6 u / sqrt(3) l2;
+    * parts of a split K added in 16 bits, which torch by default allows cuBLAS to do: one more rounding of a partial sum,
+      at most u * 4 l2;
     * x in fixed point, where the kernel does that: steps of at most 2^-14 of the largest of 128 neighbours, so K
       independent errors of deviation step / sqrt(12) |w|, and six deviations of their sum.
     """
@@ -246,7 +253,7 @@ def want_product(
         value = value + bias.double()
     u = unit_roundoff(dtype)
     sums = 2 * U32 * k * 4 * (l2 if bias is None else l2 + bias.double().abs())
-    worst = u * value.abs() + sums + ((6 / 3**0.5 + 4) * u * l2 if rounded_weight else 0) + 6 * fixed
+    worst = u * value.abs() + sums + ((6 / 3**0.5 * rounded_weight + 4 * by_cublas) * u) * l2 + 6 * fixed
     # RMS: every term at its deviation instead of its extreme; roundings are at most u of what they round, and
     # |y| and l2 are equal in the mean over random inputs (3: a row with few columns may be far from the mean).
     rms = u + 2 * U32 * k**0.5 + (3 * u if rounded_weight else 0)
