@@ -41,6 +41,10 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
+// Two blocks of a multiprocessor and 8,192 registers beside them, enough for the small kernels between two products:
+// one that had to wait for its registers would keep the next product's block, and so its weights, waiting too.
+template <int NT>
+constexpr int kRegisters = NT == 1 ? 56 : 64;
 constexpr int kTile = 16;  // rows of a fragment
 constexpr int kTiles = 2;  // tiles that a warp takes side by side
 constexpr int kTilesPerStrip = kStrip / kTile;
@@ -128,7 +132,7 @@ __device__ __forceinline__ float to_fixed(uint32_t (&words)[8], const uint4 (&x)
 
 // NT: tiles of 8 columns of the product, 4 tokens each. GROUPS: groups of scales in a pair.
 template <typename T, int NT, int GROUPS, bool PER_CHANNEL, bool ZERO>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __maxnreg__(kRegisters<NT>)
     decode_kernel(const T* __restrict__ x, const uint4* __restrict__ qweight, const T* __restrict__ scale,
                   const uint8_t* __restrict__ zero, const T* __restrict__ bias, T* __restrict__ y, const Problem p,
                   const Plan plan, bool vectors) {
@@ -148,6 +152,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     unsigned char* const x_words = memory + kSlots * sizeof(S) + sums_bytes(live) + warp * x_bytes(tokens, plan.window);
     float* const x_power = reinterpret_cast<float*>(x_words + plan.window * tokens * 2 * kPairK);  // [pair][token]
     ptx::launch_dependents();
+#if __CUDA_ARCH__ >= 900
+    __shared__ uint64_t written[2], read[2];  // the two places for partial sums, by turns
+    if (thread == 0) {
+        for (int i = 0; i < 2; ++i) ptx::barrier_init(&written[i], kWarps), ptx::barrier_init(&read[i], live);
+        ptx::barrier_init_fence();
+    }
+    __syncthreads();
+#endif
 
     // ---- what is fetched next: pair `ahead` of tiles `ahead_tile`, `ahead_tile` + 1 of this block
     // --------------------
@@ -234,8 +246,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         __syncwarp();
     };
 
-    int slot = 0, parity = 0;
-    for (int tile = 0; tile < tiles; tile += kTiles, parity ^= 1) {
+    int slot = 0, turn = 0;
+    for (int tile = 0; tile < tiles; tile += kTiles, ++turn) {
         float total[kTiles][NT][2] = {};
         for (int window = begin + warp; window < end; window += plan.window * kWarps) {
             const int pairs = min(plan.window, (end - window + kWarps - 1) / kWarps);
@@ -308,9 +320,12 @@ __global__ void __launch_bounds__(kThreads, 2)
             }
         }
 
-        // Sum over the warps: element (row, token) of warp w at here[(w * live + token) * sums_row + row]. Two places,
-        // used in turn: who is here again has seen everybody pass the barrier in between.
-        float* const here = sums + parity * kWarps * live * sums_row();
+        // Sum over the warps: element (row, token) of warp w at here[(w * live + token) * sums_row + row]. One warp a
+        // token adds up; the others go on, and write to the other of two places.
+        float* const here = sums + turn % 2 * kWarps * live * sums_row();
+#if __CUDA_ARCH__ >= 900
+        if (turn >= 2) ptx::barrier_wait(&read[turn % 2], turn / 2 - 1 & 1);
+#endif
 #pragma unroll
         for (int r = 0; r < kTiles; ++r) {
 #pragma unroll
@@ -319,7 +334,14 @@ __global__ void __launch_bounds__(kThreads, 2)
                 if (4 * t + c < live) to[0] = total[r][t][0], to[8] = total[r][t][1];
             }
         }
-        __syncthreads();
+        const int token = (warp + kWarps - turn * live % kWarps) % kWarps, row = lane;  // warps take turns
+#if __CUDA_ARCH__ >= 900
+        __syncwarp();
+        if (lane == 0) ptx::barrier_arrive(&written[turn % 2]);
+        if (token < live || splits > 1) ptx::barrier_wait(&written[turn % 2], turn / 2 & 1);
+#else
+        __syncthreads();  // whoever writes here again has seen everybody pass the barrier in between
+#endif
         const int rows = min(tiles - tile, kTiles) * kTile, first_n = (first_tile + tile) * kTile;
         const auto store = [&](int token, int row, float sum) {
             const int n = first_n + row;
@@ -328,18 +350,20 @@ __global__ void __launch_bounds__(kThreads, 2)
                     from_float<T>(bias ? sum + to_float(bias[n]) : sum);
             }
         };
-        const int row = lane;  // a warp a token: the warps take turns
-        for (int token = (warp + kWarps - tile / kTiles * live % kWarps) % kWarps; token < live; token += kWarps) {
-            if (row >= rows) break;
+        if (token < live) {
             float* at = here + token * sums_row() + row;
             float sum = 0.0f;
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) sum += at[w * live * sums_row()];
             if (splits > 1) {
                 *at = sum;  // read by this thread alone until now
-            } else {
+            } else if (row < rows) {
                 store(token, row, sum);
             }
+#if __CUDA_ARCH__ >= 900
+            __syncwarp();
+            if (lane == 0) ptx::barrier_arrive(&read[turn % 2]);
+#endif
         }
 #if __CUDA_ARCH__ >= 900
         if (splits > 1) {  // block `split` of the cluster adds up and writes its share of the elements
@@ -348,8 +372,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             const int part = (rows * live + splits - 1) >> plan.log_splits;
             const int stop = min((split + 1) * part, rows * live);
             for (int i = split * part + thread; i < stop; i += kThreads) {
-                const int token = i / rows, row = i % rows;
-                const float* at = here + token * sums_row() + row;
+                const float* at = here + i / rows * sums_row() + i % rows;
                 float parts[8];
 #pragma unroll
                 for (int rank = 0; rank < 8; ++rank) {
@@ -358,7 +381,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                 float sum = 0.0f;
 #pragma unroll
                 for (int rank = 0; rank < 8; ++rank) sum += parts[rank];
-                store(token, row, sum);
+                store(i / rows, i % rows, sum);
             }
             __syncwarp();
             ptx::cluster_sync_relaxed();  // nobody leaves, or writes again, while its sums are being read
