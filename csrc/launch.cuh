@@ -20,8 +20,8 @@ inline void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-// Let a kernel use all the shared memory that a block of the current device can have, and say how much that is. Asked
-// for once a kernel and device.
+// Let a kernel use all the shared memory that a block of the current device can have, and say how much that is. Set
+// once a kernel and device.
 template <auto KERNEL>
 int allow_shared_memory(const char* what) {
     static std::atomic<int> allowed[64];
@@ -30,6 +30,9 @@ int allow_shared_memory(const char* what) {
     if (device < 64) most = allowed[device].load(std::memory_order_relaxed);
     if (most) return most;
     check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, KERNEL), what);
+    most -= static_cast<int>(attributes.sharedSizeBytes);  // what the kernel declares itself
     check_cuda(cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, most), what);
     if (device < 64) allowed[device].store(most, std::memory_order_relaxed);
     return most;
