@@ -1,8 +1,9 @@
 // linear_w4a16: checks what both kernels take for granted, and picks one.
 //
-//   M <= 4            linear_decode.cu, any GPU: exact integer products, made for chains of small calls
-//   M  > 4, Hopper    linear_wgmma.cu
-//   M  > 4, others    linear_decode.cu in passes of 8 tokens (pyquant/ops/linear.py expands the weight for many tokens)
+//   M <= 4            linear_decode.cuh, any GPU: exact integer products, made for chains of small calls
+//   M  > 4, Hopper    linear_wgmma.cuh
+//   M  > 4, others    linear_decode.cuh in passes of 8 tokens (pyquant/ops/linear.py expands the weight for many
+//   tokens)
 #include <algorithm>
 
 #include "format.cuh"
@@ -24,9 +25,9 @@ void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t 
             "linear_w4a16: qweight, scale, zero and y must begin at multiples of 16 bytes");
     const bool hopper = current_device().major == 9;
     if (hopper && (tokens > 0 ? tokens > 8 : call.m > 4)) {
-        linear_wgmma(call, tokens, variant, stream);
+        (call.dtype == 0 ? linear_wgmma_bf16 : linear_wgmma_fp16)(call, tokens, variant, stream);
     } else {
-        linear_decode(call, std::max(variant, 0), stream);
+        (call.dtype == 0 ? linear_decode_bf16 : linear_decode_fp16)(call, std::max(variant, 0), stream);
     }
 }
 

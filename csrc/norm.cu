@@ -140,7 +140,7 @@ void launch(const Rows<T>& rows, int64_t m, cudaStream_t stream) {
                         (!rows.residual || aligned(rows.residual, rows.residual_stride));
     if (!pieces || rows.k > 512 * 4 * kPiece) return run(plain_norm_kernel<T, 512>, 512);
     if (rows.k <= 128 * kPiece) return run(norm_kernel<T, 128, 1>, 128);
-    // A step of decoding: small enough to stand beside two blocks of linear_decode.cu, which stream weights meanwhile.
+    // A step of decoding: small enough to stand beside two blocks of linear_decode.cuh, which stream weights meanwhile.
     if (m <= kFewRows && rows.k <= 128 * 4 * kPiece) return run(norm_kernel<T, 128, 4>, 128);
     if (rows.k <= 512 * kPiece) return run(norm_kernel<T, 512, 1>, 512);
     if (rows.k <= 512 * 2 * kPiece) return run(norm_kernel<T, 512, 2>, 512);

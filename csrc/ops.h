@@ -31,13 +31,15 @@ struct LinearCall {
     int64_t workspace_bytes;
 };
 // tokens and variant pin the token tile and how it is cut, for measurements; 0 and -1 leave the choice to the kernels.
-// tokens <= 8 is linear_decode.cu, where variant is the number of blocks that share K; above it linear_wgmma.cu, where
-// variant 0 takes whole tiles and 1 cuts them.
+// tokens <= 8 is linear_decode.cuh, where variant is the number of blocks that share K; above it linear_wgmma.cuh
+// (sm_90, rows of x at 16 bytes), where variant 0 takes whole tiles, and 1 and 2 cut them over that many blocks a
+// multiprocessor.
 void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t stream);
-void linear_decode(const LinearCall& call, int force_splits, cudaStream_t stream);                // any GPU
-void linear_wgmma(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream);  // sm_90, rows of x at
-                                                                                                  // 16 bytes
-int64_t linear_workspace(int multiprocessors);                                                    // bytes
+void linear_decode_bf16(const LinearCall& call, int force_splits, cudaStream_t stream);
+void linear_decode_fp16(const LinearCall& call, int force_splits, cudaStream_t stream);
+void linear_wgmma_bf16(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream);
+void linear_wgmma_fp16(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream);
+int64_t linear_workspace(int multiprocessors);  // bytes
 
 // out [n, k] contiguous = fake-quantized w; scale and zero fp32 row-major.
 void fake_quant(const void* w, int dtype, int64_t w_stride, const float* scale, const float* zero, void* out, int64_t n,

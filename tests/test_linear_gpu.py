@@ -28,7 +28,7 @@ def hopper() -> bool:
     return _multiprocessors(torch.cuda.current_device()) > 0
 
 
-# Token tiles and ways to cut the work that csrc/linear_decode.cu (8) and csrc/linear_wgmma.cu know: see csrc/ops.h.
+# Token tiles and ways to cut the work that csrc/linear_decode.cuh (8) and csrc/linear_wgmma.cuh know: see csrc/ops.h.
 WAYS = [(8, splits) for splits in (1, 2, 4, 8)] + [
     (tile, cut) for tile in (16, 32, 64, 128, 256) for cut in range(3 if tile < 128 else 2)
 ]
@@ -70,6 +70,8 @@ def test_every_way_to_cut_the_work(tokens, variant, group_size, symmetric):
         want = want_product(x, weight.w_hat, bias, dtype, **errors_of_tile(tokens))
         assert mismatch(got, want) is None, (m, n, k)
         for name, fault in WEIGHT_FAULTS.items():
+            if name == "wrong code" and m == 1:
+                continue  # it meets one value of x, which may be close to 0
             wrong = call(x, fault(weight).tiled(), bias, n, group_size, tokens, variant)
             assert mismatch(wrong, want) is not None, name
 
@@ -195,8 +197,9 @@ def test_outliers_zeros_and_extremes(m, dtype):
     """Large mantissas, exact zeros, tokens of very different size, one column a thousand times the others."""
     n, k = 130, 1000
     weight = make_weight(n, k, 64, False, dtype, "cuda")
-    x = torch.randn(m, k, device="cuda") * torch.logspace(-2, 2, m, device="cuda")[:, None]
-    x[:, 17] *= 1000
+    wide = dtype == torch.bfloat16  # fp16 would overflow
+    x = torch.randn(m, k, device="cuda") * torch.logspace(-2, 2 if wide else 0, m, device="cuda")[:, None]
+    x[:, 17] *= 1000 if wide else 100
     x[:, 128:256] = 0
     x[0, 300:400] = 1.9921875 * 2.0**3
     x = x.to(dtype)

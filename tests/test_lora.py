@@ -71,4 +71,6 @@ def test_adapters_train_as_over_the_dequantized_model(device):
     # fp32: sums in another order. bf16: two roundings of 2^-8 that differ, carried through 20 steps of AdamW.
     tolerance = 1e-3 if device == "cpu" else 3e-2
     assert ours == pytest.approx(theirs, rel=tolerance)
-    assert losses(copy.deepcopy(model).to(device), ids, 1)[0] != pytest.approx(ours[0], rel=1e-4), "nothing was quantized"
+    assert losses(copy.deepcopy(model).to(device), ids, 1)[0] != pytest.approx(ours[0], rel=1e-4), (
+        "nothing was quantized"
+    )

@@ -17,7 +17,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 # Above this many tokens GPUs before Hopper expand the weight to 16 bits once and let cuBLAS multiply: their fused kernel
 # reads the weight once per 8 tokens and stops paying there. Hopper's serves any number.
 FUSED_MAX_TOKENS = 64
-# Up to this many, csrc/linear_decode.cu serves any GPU and any x with rows in one piece.
+# Up to this many, csrc/linear_decode.cuh serves any GPU and any x with rows in one piece.
 FEW_TOKENS = 4
 # Up to this many, Hopper's kernel for more tokens keeps the weight exact; above, it rounds it to 16 bits.
 EXACT_TOKENS = 16

@@ -30,6 +30,8 @@
 // NaN and infinity in x make every output of that token NaN.
 //
 // Tried and lost: benchmarks/NOTES.md.
+#pragma once
+
 #include <algorithm>
 
 #include "ops.h"
@@ -41,10 +43,6 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-// Two blocks of a multiprocessor and 8,192 registers beside them, enough for the small kernels between two products:
-// one that had to wait for its registers would keep the next product's block, and so its weights, waiting too.
-template <int NT>
-constexpr int kRegisters = NT == 1 ? 56 : 64;
 constexpr int kTile = 16;  // rows of a fragment
 constexpr int kTiles = 2;  // tiles that a warp takes side by side
 constexpr int kTilesPerStrip = kStrip / kTile;
@@ -132,7 +130,7 @@ __device__ __forceinline__ float to_fixed(uint32_t (&words)[8], const uint4 (&x)
 
 // NT: tiles of 8 columns of the product, 4 tokens each. GROUPS: groups of scales in a pair.
 template <typename T, int NT, int GROUPS, bool PER_CHANNEL, bool ZERO>
-__global__ void __maxnreg__(kRegisters<NT>)
+__global__ void __launch_bounds__(kThreads, 2)
     decode_kernel(const T* __restrict__ x, const uint4* __restrict__ qweight, const T* __restrict__ scale,
                   const uint8_t* __restrict__ zero, const T* __restrict__ bias, T* __restrict__ y, const Problem p,
                   const Plan plan, bool vectors) {
@@ -447,9 +445,8 @@ void launch(const LinearCall& call, const Problem& p, int force_splits, cudaStre
                         static_cast<const T*>(call.bias), static_cast<T*>(call.y), p, choice.plan, vectors);
 }
 
-}  // namespace
-
-void linear_decode(const LinearCall& call, int force_splits, cudaStream_t stream) {
+template <typename T>
+void linear_decode_of(const LinearCall& call, int force_splits, cudaStream_t stream) {
     const int units = static_cast<int>(ceil_div(call.k, kUnitK));
     const Problem p{call.x_stride,
                     static_cast<int>(call.m),
@@ -459,8 +456,7 @@ void linear_decode(const LinearCall& call, int force_splits, cudaStream_t stream
                     (units + 1) / 2,
                     static_cast<int>(tiled_groups(call.k, call.group_size)),
                     static_cast<int>(ceil_div(call.n, kTile))};
-    const auto with_zero = [&](auto type, auto zeros) {
-        using T = decltype(type);
+    const auto with_zero = [&](auto zeros) {
         constexpr bool kZero = decltype(zeros)::value;
         const auto with_group = [&](auto columns) {
             constexpr int kNT = decltype(columns)::value;
@@ -477,10 +473,8 @@ void linear_decode(const LinearCall& call, int force_splits, cudaStream_t stream
         };
         p.m <= 4 ? with_group(std::integral_constant<int, 1>{}) : with_group(std::integral_constant<int, 2>{});
     };
-    const auto run = [&](auto type) {
-        call.zero ? with_zero(type, std::true_type{}) : with_zero(type, std::false_type{});
-    };
-    call.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
+    call.zero ? with_zero(std::true_type{}) : with_zero(std::false_type{});
 }
 
+}  // namespace
 }  // namespace pyquant

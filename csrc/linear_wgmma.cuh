@@ -23,6 +23,8 @@
 // Bound by the tensor cores from about 128 tokens on. Below, by instructions and their latency: for 8 weights a thread
 // needs 7 logic instructions at half rate, 4 subtractions, 4 multiplications and some 6 others, and a multiprocessor
 // streams 8 weights a thread of two warpgroups in 56 cycles.
+#pragma once
+
 #include <cuda.h>
 
 #include <algorithm>
@@ -533,20 +535,11 @@ void launch(const LinearCall& call, int cut, int multiprocessors, cudaStream_t s
                         static_cast<T*>(call.y), static_cast<unsigned char*>(call.workspace), p);
 }
 
-}  // namespace
-
-int64_t linear_workspace(int multiprocessors) {
-    int64_t most = 0;
-    for (int tokens : {16, 32, 64, 128, 256})
-        most = std::max(most, multiprocessors * blocks_on(tokens) * partial_bytes(tokens));
-    return kFlagBytes + most;
-}
-
-void linear_wgmma(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream) {
+template <typename T>
+void linear_wgmma_of(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream) {
     const int multiprocessors = current_device().multiprocessors;
     const Choice choice = choose(call, multiprocessors, force_tokens, force_cut);
-    const auto with_group = [&](auto type, auto group) {
-        using T = decltype(type);
+    const auto with_group = [&](auto group) {
         constexpr int kGroup = decltype(group)::value;
         switch (choice.tokens) {
             case 16:
@@ -561,17 +554,15 @@ void linear_wgmma(const LinearCall& call, int force_tokens, int force_cut, cudaS
                 return launch<T, 256, kGroup>(call, choice.cut, multiprocessors, stream);
         }
     };
-    const auto run = [&](auto type) {
-        switch (call.group_size) {
-            case 32:
-                return with_group(type, std::integral_constant<int, 32>{});
-            case 64:
-                return with_group(type, std::integral_constant<int, 64>{});
-            default:
-                return with_group(type, std::integral_constant<int, 128>{});
-        }
-    };
-    call.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
+    switch (call.group_size) {
+        case 32:
+            return with_group(std::integral_constant<int, 32>{});
+        case 64:
+            return with_group(std::integral_constant<int, 64>{});
+        default:
+            return with_group(std::integral_constant<int, 128>{});
+    }
 }
 
+}  // namespace
 }  // namespace pyquant
