@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
+from tiny import tiny_llama
 from torch import nn
 
 from pyquant import QuantSpec, swap
 from pyquant.nn import QLinear
-from tiny import tiny_llama
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
