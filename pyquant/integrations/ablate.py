@@ -217,7 +217,7 @@ def run_jobs(
     held = _read(file, meta)
     longest = 0.0
     for job in todo:
-        entry = {"key": job.key(), "settings": arms[job.arm]}
+        entry: dict[str, Any] = {"key": job.key(), "settings": arms[job.arm]}
         if any(row["key"] == job.key() and row["settings"] == entry["settings"] for row in held["rows"]):
             continue
         if time.monotonic() + longest > deadline:
@@ -255,7 +255,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["spec"], row["arm"]), []).append(row)
-    out = []
+    out: list[dict[str, Any]] = []
     for (spec, arm), found in groups.items():
         texts = {name: spread([r["perplexity"][name] for r in found]) for name in found[0]["perplexity"]}
         seconds = sum(r["seconds"] for r in found) / len(found)

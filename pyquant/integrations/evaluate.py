@@ -42,7 +42,15 @@ def perplexity(
                 on_batch(min(start + batch_size, len(windows)), len(windows))
     finally:
         model.train(training)
-    total = sums.item()  # the only synchronisation with a GPU
+    return exp_mean(sums.item(), windows)  # the only synchronisation with a GPU
+
+
+def exp_mean(total: float, windows: Tensor) -> float:
+    """Perplexity from the summed cross-entropy of windows ``[n, T]``; infinite where it overflows.
+
+    Raises:
+        ValueError: for NaN.
+    """
     if math.isnan(total):
         raise ValueError("the model's logits are NaN: its perplexity is undefined")
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))

@@ -36,6 +36,7 @@ def fold_scales(
     hessians: dict[str, Hessian],
     magnitudes: dict[str, Tensor],
     probe: Callable[[], Tensor],
+    stored: torch.dtype = torch.bfloat16,
 ) -> dict[str, list[str]]:
     """Scale the layers of a block and fold the scales away, in place; the block computes what it did before.
 
@@ -45,6 +46,7 @@ def fold_scales(
         spec: the format.
         hessians, magnitudes: of the inputs of each layer; magnitudes may be sums, only their ratios matter.
         probe: runs the block on a few windows.
+        stored: dtype that norms are stored in; they are rounded to it, and the layers are scaled by what came out.
 
     Returns:
         producer -> the layers whose inputs it scales.
@@ -57,7 +59,7 @@ def fold_scales(
             continue
         h, size = hessians[seen[0]].value(), magnitudes[seen[0]].clone()
         scale = search([layers[name].weight for name in consumers], h, size, spec)
-        applied = _scale_output(producers[producer], 1 / scale)
+        applied = _scale_output(producers[producer], 1 / scale, stored)
         for name in consumers:
             layers[name].weight.data.div_(applied)
             hessian = hessians.get(name)
@@ -145,8 +147,8 @@ def _output_width(module: nn.Module) -> int | None:
     return own[0].numel() if norm else None
 
 
-def _scale_output(module: nn.Module, t: Tensor) -> Tensor:
-    """Multiply the output channels of a linear layer or a norm by t; returns the factors after rounding to its dtype."""
+def _scale_output(module: nn.Module, t: Tensor, stored: torch.dtype = torch.float32) -> Tensor:
+    """Multiply the output channels of a linear layer or a norm by t; returns the factors after a norm was rounded."""
     if isinstance(module, nn.Linear):
         module.weight.data.mul_(t[:, None])
         if module.bias is not None:
@@ -155,7 +157,7 @@ def _scale_output(module: nn.Module, t: Tensor) -> Tensor:
     weight = module.weight
     shift = 1.0 if _is_offset_norm(module) else 0.0
     old = weight.detach().float() + shift
-    weight.data.copy_(old * t - shift)
+    weight.data.copy_((old * t - shift).to(stored))
     if getattr(module, "bias", None) is not None:
         module.bias.data.mul_(t)
     new = weight.detach().float() + shift

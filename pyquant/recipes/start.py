@@ -90,7 +90,7 @@ def start_block(
         raise ValueError(f"start={how!r} must be one of {', '.join(STARTS)}")
     seen = statistics(layers) if how in ("gptq", "awq") else Statistics()
     if how == "awq":
-        fold_scales(block, layers, spec, seen.hessians, seen.magnitudes, probe)
+        fold_scales(block, layers, spec, seen.hessians, seen.magnitudes, probe, scale_dtype)
     found = {}
     for name, layer in layers.items():
         try:
