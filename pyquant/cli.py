@@ -1,4 +1,4 @@
-"""The command line: ``pyquant quantize | eval | generate | export | bench | doctor | demo``.
+"""The command line: ``pyquant quantize | ablate | eval | generate | export | bench | doctor | demo``.
 
 Thin: each command reads its flags, calls one function of :mod:`pyquant.integrations` (imported then, so that ``--help``
 is quick) and prints what comes back. Results go to stdout, progress and errors to stderr. An expected error is one
@@ -393,6 +393,9 @@ def demo(
     for line in result.lines:
         typer.echo(f"\n{line}")
     typer.echo(f"\n{out}/report.html has the details.")
+
+
+from pyquant import cli_ablate  # noqa: E402, F401 (registers the command)
 
 
 def main() -> None:
