@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyquant import reference
 from pyquant.formats.spec import QuantSpec
-from pyquant.quantizers.ranges import find_range
+from pyquant.quantizers.ranges import mse_range
 from pyquant.recipes.blocks import watch_inputs
 from pyquant.recipes.gptq import Hessian
 
@@ -80,7 +80,7 @@ def search(weights: list[Tensor], h: Tensor, size: Tensor, spec: QuantSpec) -> T
         error = torch.zeros((), device=h.device)
         for w in weights:
             w = w.float()
-            s, z = find_range(w * scale, spec, "mse")
+            s, z = mse_range(w * scale, spec, step=0.07)  # a coarse grid: only ratios are compared
             d = reference.fake_quant(w * scale, s, z, spec.group_size, spec.bits) / scale - w
             error += ((d @ h) * d).sum()
         if best is None:

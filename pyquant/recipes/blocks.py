@@ -120,8 +120,9 @@ def stand_in(blocks: nn.ModuleList, forward: Callable[[int, Tensor, Arguments], 
         def call(*args: Any, **kwargs: Any) -> Tensor:
             kwargs = dict(kwargs)
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if kwargs.get("past_key_values") is not None:
-                kwargs["past_key_values"] = None  # a cache would grow with every pass
+            for name, value in kwargs.items():
+                if hasattr(value, "get_seq_length"):
+                    kwargs[name] = None  # a cache would grow with every pass
             return forward(index, hidden, Arguments(rest, kwargs))
 
         return call

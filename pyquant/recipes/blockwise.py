@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from pyquant.formats.spec import QuantSpec
 from pyquant.nn.linear import FakeQuantLinear
 from pyquant.recipes.blocks import block_arguments, call_block, find_blocks, logits_of
+from pyquant.recipes.experts import all_experts, unfuse
 from pyquant.recipes.objective import Objective
 from pyquant.recipes.parametrize import Parametrization, Rounded, Start, parametrize
 from pyquant.recipes.ranks import Ranks
@@ -96,7 +97,8 @@ def blockwise(
         tokens: calibration windows, int64 ``[n, S]``; a rest that fills no batch is dropped.
         spec: bits, group size, symmetry.
         settings: see :class:`Settings`.
-        chosen: full names of the layers to quantize; all linear layers of the blocks by default.
+        chosen: full names of the layers to quantize; by default all linear layers of the blocks, those of fused experts
+            included (:mod:`pyquant.recipes.experts`).
         source: gives blocks by number; by default copies of the model's.
         scale_dtype: what scales are stored in.
         keeper: keeps finished windows; those it has are not trained again, and the result is the same bit by bit.
@@ -237,11 +239,11 @@ class _Run:
 
     def _enter(self, b: int) -> nn.Module:
         """A block in the form that is trained, begun from what the blocks before it produce in their present state."""
-        block = self.source.fetch(b)
+        block = self._fetch(b)
         layers = self._layers(b, block)
 
         def passes() -> None:
-            with torch.no_grad(), self.precision():
+            with torch.no_grad(), self.precision(), all_experts(block):
                 for i in range(0, len(self.x), self.local):
                     call_block(block, self._before(b, self.x.rows(i, self.local)), self.arguments[b])
 
@@ -251,7 +253,7 @@ class _Run:
             return found
 
         def probe() -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), all_experts(block):
                 return call_block(block, self._before(b, self.x.rows(0, self.local)), self.arguments[b])
 
         how = self.settings
@@ -261,6 +263,14 @@ class _Run:
         )
         self._open(block, starts)
         block.changed = [n for n, p in block.named_parameters() if n in before and not torch.equal(p, before[n])]  # type: ignore[assignment]
+        return block
+
+    def _fetch(self, b: int) -> nn.Module:
+        """A block; its fused experts taken apart where they are to be quantized."""
+        block = self.source.fetch(b)
+        prefix = f"{self.root}.{b}." if self.root else f"{b}."
+        if self.chosen is None or any(n.startswith(prefix) and ".experts." in n for n in self.chosen):
+            unfuse(block)
         return block
 
     def _before(self, b: int, h: Tensor) -> Tensor:
@@ -379,9 +389,9 @@ class _Run:
                 final = found.get(("final", b), {})
                 layers = {n: Rounded(p["codes"], p["scale"], p.get("zero"), self.spec) for n, p in final.items()}
                 self.result.blocks[b] = BlockResult(layers, other)
-                self.open.setdefault(b, self.source.fetch(b))  # carry() fills it
+                self.open.setdefault(b, self._fetch(b))  # carry() fills it
                 continue
-            block = self.source.fetch(b)
+            block = self._fetch(b)
             for n, t in other.items():
                 block.get_parameter(n).data.copy_(t)
             state = found.get(("open", b), {})
@@ -408,7 +418,11 @@ class _Run:
 
 @torch.no_grad()
 def insert(block: nn.Module, result: BlockResult) -> None:
-    """Give a block its rounded weights, as plain linear layers, and its other changed parameters, in place."""
+    """Give a block its rounded weights, as plain linear layers, and its other changed parameters, in place.
+
+    Fused experts among them are taken apart first."""
+    if any(".experts." in name for name in result.layers):
+        unfuse(block)
     for name, r in result.layers.items():
         layer = block.get_submodule(name)
         assert isinstance(layer, nn.Linear)
