@@ -215,6 +215,7 @@ def run_jobs(
         ValueError: the file is of another run, with what differs.
     """
     held = _read(file, meta)
+    write_atomic(file, json.dumps(held, indent=1) + "\n")
     longest = 0.0
     for job in todo:
         entry: dict[str, Any] = {"key": job.key(), "settings": arms[job.arm]}
