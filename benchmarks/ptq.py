@@ -82,7 +82,7 @@ def main() -> None:
     for seed in range(args.seeds):
         for name, bench in benches.items():
             file = args.out.with_name(f"{args.out.stem}-{name}.json")
-            meta: dict[str, Any] = {"model": name, **facts, "device": versions(args.device)["device"]}
+            meta: dict[str, Any] = {"model": name, **facts, "gpu": versions(args.device)["device"]}
             meta |= {"commit": args.commit or commit(), "torch": torch.__version__}
             mine: list[Job] = [job for job in todo if job.seed == seed]
             if seed == 0 and not file.is_file():
@@ -96,7 +96,7 @@ def main() -> None:
 
 def commit() -> str:
     """The commit of the working tree, or ``unknown``."""
-    run = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return run.stdout.strip() or "unknown"
 
 

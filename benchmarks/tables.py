@@ -9,7 +9,10 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from pyquant.integrations.spread import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -94,7 +97,38 @@ def ptq() -> str:
     return accuracy("cpu/ptq.json")
 
 
+def arms(model: str, texts: tuple[str, ...] = ("books", "wikitext2", "tinystories")) -> str:
+    """Every format and arm of ``benchmarks.ptq`` (and of ``benchmarks.peers_ptq``, where its file is there): means over
+    seeds with half of the 95 % interval."""
+    found = _load(f"h200/ptq-{model}.json")
+    rows = list(found["rows"])
+    if (RESULTS / f"h200/peers-{model}.json").is_file():
+        rows += _load(f"h200/peers-{model}.json")["rows"]
+    cells = []
+    for row in sorted(summary(rows), key=lambda r: _FORMATS.index(r["spec"])):
+        values = []
+        for text in texts:
+            mean, half = row["texts"][text]["mean"], row["texts"][text]["half"]
+            values.append(f"{mean:.2f}" if half is None else f"{mean:.2f} ± {half:.2f}")
+        cells.append([row["spec"].removesuffix(" symmetric"), row["arm"], *values, f"{row['seconds']:.1f}"])
+    meta = found["meta"]
+    full = meta.get("full_precision")
+    if full:
+        cells.insert(0, ["full precision", "", *(f"{full[text]:.2f}" for text in texts), ""])
+    about = (
+        f"{meta['model']}, {meta['calibration_tokens']:,} calibration tokens, {meta['eval_windows']} windows of each text, "
+        f"mean over seeds ± half of the 95 % interval. {meta['gpu']}, commit {meta['commit'][:12]}."
+    )
+    return about + "\n\n" + _table(["format", "arm", *texts, "seconds"], cells)
+
+
+_FORMATS = [
+    f"W{b} {g} symmetric" for b, g in ((4, "per channel"), (4, "g128"), (3, "per channel"), (3, "g128"), (2, "g64"))
+]
+
+
 TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy, "ptq": ptq}
+TABLES |= {"arms_28m": partial(arms, "classics-llama-28m"), "arms_260k": partial(arms, "stories260K")}
 
 
 def fill(readme: str) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from pyquant.formats.spec import QuantSpec
-from pyquant.integrations.ablate import Bench, differences, summary
+from pyquant.integrations.ablate import Bench
 from pyquant.integrations.checkpoint import local_folder
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.machine import pick_device, versions, window_length
+from pyquant.integrations.spread import differences, summary
 from pyquant.integrations.transformers import load_causal_lm
 from pyquant.integrations.work import checkpoint_digest, tensor_digest
 from pyquant.report import Report, write_report
