@@ -37,7 +37,7 @@ from pyquant.recipes.parametrize import Parametrization, Rounded, Start, paramet
 from pyquant.recipes.ranks import Ranks
 from pyquant.recipes.settings import Settings
 from pyquant.recipes.start import Statistics, collect, start_block
-from pyquant.recipes.streams import Blocks, FullPrecision, InMemory, advance, embedded, precision
+from pyquant.recipes.streams import Blocks, FullPrecision, InMemory, advance, deterministic, embedded, precision
 from pyquant.recipes.train_window import Outcome, rates, schedule, train
 
 
@@ -115,9 +115,15 @@ def blockwise(
             :func:`~pyquant.recipes.start.start_block` raises.
     """
     run = _Run(model, tokens, spec, settings or Settings(), chosen, source, scale_dtype, place, folder, stream)
-    windows = run.windows
-    run.total = sum(steps for _, steps in windows)
+    run.total = sum(steps for _, steps in run.windows)
     run.on_progress = on_progress
+    with deterministic(run.device):
+        _all_windows(run, keeper)
+    return run.result
+
+
+def _all_windows(run: _Run, keeper: Keeper | None) -> None:
+    windows = run.windows
     for index, (blocks, steps) in enumerate(windows):
         saved = keeper.load(index) if keeper is not None else None
         leaving = run.enter_window(index)
@@ -140,7 +146,6 @@ def blockwise(
         run.done += steps
         run.tell(f"block {blocks[0]}, loss {row['best']:.4g}" if steps else f"block {blocks[0]}")
         run.carry(index, leaving)
-    return run.result
 
 
 class _Run:

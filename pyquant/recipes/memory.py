@@ -61,8 +61,8 @@ def estimate(
     opened = count if how.polish else min(how.window, count)
     ahead = count if how.lookahead == "end" or how.polish else how.window + int(how.lookahead)
     ahead = max(1, min(ahead, count) - how.window)
-    # offset, its best, its gradient, the move, and the adjusted weight that backward reads: fp32; w_hat in the width
-    per_weight = (5 * 4 + width + (8 if how.optimizer == "adamw" else 0)) if trains else 3 * 4
+    # offset, its best, its gradient, the move, the scales spread out, the adjusted weight: fp32; w_hat in the width
+    per_weight = (6 * 4 + width + (8 if how.optimizer == "adamw" else 0)) if trains else 3 * 4
     tokens = how.batch_size * length
     # what backward keeps: inputs and outputs of each linear layer, and about as much again in norms and activations
     kept = 2 * sum(m.in_features + m.out_features for m in linears) * tokens * width

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +117,24 @@ def precision(device: torch.device, autocast: bool) -> Callable[[], AbstractCont
     bf16, which a captured graph would not see change."""
     wanted = autocast and device.type == "cuda"
     return partial(torch.autocast, device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """While active, a GPU gives the same bits each time (attention's backward pass sums in an order of its own otherwise);
+    what has no such form warns. Nothing changes on a CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a launch for each new tensor
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @torch.no_grad()
