@@ -33,6 +33,22 @@ CALIBRATION = {
     "stories260K": ("tinystories/stories_1000.jsonl", 400_000),
 }
 
+# Where the arm "best" was looked for: what an objective at the logits, a joint end and other starts add.
+TUNE = (
+    "end-mse=ahead-end,end_mse:1",
+    "g-end-mse=ahead-end,start:gptq,end_mse:1",
+    "g-end-mse-s=ahead-end,start:gptq,end_mse:1,scale_lr:0.3",
+    "m-polish=single,end_mse:1,polish:400,polish_lr:0.005",
+    "g-polish=single,start:gptq,end_mse:1,polish:400,polish_lr:0.005",
+    "g-polish-slow=single,start:gptq,end_mse:1,polish:400,polish_lr:0.0025",
+    "g-polish-long=single,start:gptq,end_mse:1,polish:1200,polish_lr:0.005",
+    "g-polish-far=single,start:gptq,end_mse:1,polish:1200,polish_lr:0.005,reach:1.0",
+    "g-polish-kl=single,start:gptq,polish:400,polish_lr:0.005",
+    "g-polish-both=single,start:gptq,target:both,end_mse:1,polish:400,polish_lr:0.005",
+    "m-end-polish=ahead-end,end_mse:1,polish:400,polish_lr:0.005",
+    "w-polish=single,start:gptq,learn:weights,optimizer:adamw,end_mse:1,polish:400,polish_lr:0.005",
+)
+
 
 def bench_of(root: Path, name: str, device: str, count: int, eval_windows: int, batch: int, share: bool) -> Bench:
     """A model of the shared data, ready to run arms."""
@@ -55,6 +71,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--specs", nargs="+", default=list(SPECS), choices=list(SPECS))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names, or NAME=BASE,key:value,..")
+    parser.add_argument("--tune", action="store_true", help="the arms among which best was looked for")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="gradient steps of each block (200)")
     parser.add_argument("--calibration-windows", type=int, default=128, help="of 1,024 tokens")
@@ -67,7 +84,7 @@ def main() -> None:
     quiet()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     deadline = time.monotonic() + args.budget_seconds
-    arms = resolve(args.arms, args.steps)
+    arms = resolve(TUNE if args.tune else args.arms, args.steps)
     share = args.device == "cuda" or args.calibration_windows <= 128
     benches = {
         name: bench_of(args.data, name, args.device, args.calibration_windows, args.eval_windows, args.batch, share)

@@ -7,13 +7,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pyquant.integrations.config import QuantizeConfig
 from pyquant.integrations.files import write_atomic
+
+if TYPE_CHECKING:  # pydantic is only needed where a configuration is read
+    from pyquant.integrations.config import QuantizeConfig
 
 STATE, EVALUATIONS, TRAINER, BLOCKS = "state.json", "evaluations.json", "trainer", "blocks"
 
