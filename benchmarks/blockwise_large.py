@@ -2,7 +2,8 @@
 
 Makes a checkpoint of that shape with random weights in WORK (16 GB; kept and used again), quantizes it block by block from
 its files, exports, loads back, and writes minutes and peaks to ``--out``. Random weights and tokens: what is measured is
-time and memory. A killed run goes on where it was (``--resume``). The steps are those of
+time and memory. A killed run goes on where it was (``--resume``), ``torchrun --nproc-per-node 2 -m
+benchmarks.blockwise_large`` shares the windows out over GPUs. The steps are those of
 ``pyquant quantize WORK/model --recipe blockwise --bits 4 --group-size 128 --stream --activations host``, without the text.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from pyquant.integrations.export import export, verify
 from pyquant.integrations.machine import peak_memory, versions
 from pyquant.integrations.streaming import Streamed
 from pyquant.integrations.work import checkpoint_digest
+from pyquant.recipes.ranks import Ranks
 from pyquant.recipes.settings import Settings
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -98,8 +101,15 @@ def main() -> None:
     args = parser.parse_args()
     clock = Clock()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    rank, size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    if size > 1:
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     with clock("make the checkpoint"):
-        make(args.work / "model", args.shape)
+        if rank == 0:
+            make(args.work / "model", args.shape)
+        Ranks().wait()
     print(f"checkpoint there after {clock.seconds['make the checkpoint']:.0f} s", flush=True)
     if args.make_only:
         return
@@ -121,12 +131,14 @@ def main() -> None:
         found, memory = quantize_blocks(
             streamed.model, streamed, tokens, spec, settings, layers, streamed.stored,
             checkpoint_digest(args.work / "model"), args.work / "blocks", args.resume, args.activations, args.gpu_memory,
-            say if args.shape == "tiny" else lambda d, t, n: None if d % args.steps else say(d, t, n),
+            say if args.shape == "tiny" else lambda d, t, n: None if d % args.steps or rank else say(d, t, n),
         )  # fmt: skip
     gpu: dict[str, Any] = {}
     if device == "cuda":
         gpu = {"allocated_gib": torch.cuda.max_memory_allocated() / 2**30}
         gpu["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    if rank:
+        return
     model, probe = streamed.model, tokens[:1, :16]
     expected = probe_logits(model, probe)
     with clock("export"):
@@ -141,7 +153,8 @@ def main() -> None:
         "shape": args.shape, "spec": str(spec), "tokens": args.windows * args.length, "steps": args.steps,
         "batch_size": args.batch_size, "start": args.start, "activations": args.activations, "seconds": clock.seconds,
         "minutes": clock.seconds["quantize"] / 60, "gpu": gpu, "peak": peak_memory(), "expected": memory,
-        "max_difference": difference, "blocks": len(found.blocks), "versions": versions(device), "notes": found.notes,
+        "processes": size, "max_difference": difference, "blocks": len(found.blocks),
+        "versions": versions(device), "notes": found.notes,
     }  # fmt: skip
     print(json.dumps(facts, indent=1))
     if args.out:

@@ -30,6 +30,7 @@ from pyquant.nn.swap import SwapReport
 from pyquant.recipes.blocks import find_blocks
 from pyquant.recipes.blockwise import Result, blockwise
 from pyquant.recipes.memory import GIB, Estimate, check, estimate
+from pyquant.recipes.ranks import Ranks
 from pyquant.recipes.settings import Settings
 
 log = logging.getLogger("pyquant")
@@ -49,7 +50,16 @@ class Windows:
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
+        ranks = Ranks()
         self.folder = folder
+        if ranks.rank == 0:
+            self._claim(folder, run, resume)
+        ranks.wait()
+        # What was there at the beginning: a window that the first process has just saved is still being left by the others.
+        self.there = {file.name for file in folder.glob("window-*.safetensors")}
+        ranks.wait()
+
+    def _claim(self, folder: Path, run: dict[str, Any], resume: bool) -> None:
         run = json.loads(json.dumps(run))
         file = folder / FINGERPRINT
         if resume and file.is_file():
@@ -70,7 +80,7 @@ class Windows:
     def load(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and row of a window, or None; a damaged file counts as absent."""
         file = self.path(index)
-        if not file.is_file():
+        if file.name not in self.there:
             return None
         try:
             with safe_open(file, framework="pt") as held:
@@ -109,7 +119,7 @@ def limits(device: str, gpu_memory: float | None, folder: Path) -> tuple[float |
     """Bytes that may be used: of the device (None on a CPU), the host, the disk of a folder."""
     gpu = None
     if device == "cuda":
-        free = float(torch.cuda.mem_get_info()[0])
+        free = float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())  # what this process holds is its own
         gpu = free if gpu_memory is None else min(free, gpu_memory * GIB)
     near = next(p for p in (folder, *folder.parents) if p.exists())
     return gpu, 0.9 * available_memory(), 0.9 * shutil.disk_usage(near).free

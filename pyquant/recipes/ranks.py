@@ -31,6 +31,11 @@ class Ranks:
         mine = index[:, self.rank :: self.size]
         return mine // batch * (batch // self.size) + mine % batch // self.size
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
     def add(self, t: Tensor) -> None:
         """Sum over processes, in place."""
         if self.size > 1:
