@@ -20,7 +20,10 @@ from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.machine import quiet, versions
 from pyquant.integrations.transformers import load_causal_lm
 
-SPECS = {"w4": (4, -1), "w4g128": (4, 128), "w3": (3, -1), "w3g128": (3, 128), "w2g64": (2, 64)}
+SPECS: dict[str, tuple[int, int, bool]] = {
+    "w4": (4, -1, True), "w4g128": (4, 128, True), "w3": (3, -1, True), "w3g128": (3, 128, True), "w2g64": (2, 64, True),
+    "w2g64-asym": (2, 64, False),
+}  # fmt: skip
 MODELS = {"classics-llama-28m": 1024, "stories260K": 512}  # -> tokens a window: the model's context
 TEXTS = {
     "books": ("classics/valid.txt", 400_000),  # what comes before was looked at while the model was trained

@@ -122,9 +122,8 @@ def arms(model: str, texts: tuple[str, ...] = ("books", "wikitext2", "tinystorie
     return about + "\n\n" + _table(["format", "arm", *texts, "seconds"], cells)
 
 
-_FORMATS = [
-    f"W{b} {g} symmetric" for b, g in ((4, "per channel"), (4, "g128"), (3, "per channel"), (3, "g128"), (2, "g64"))
-]
+_FORMATS = ["W4 per channel symmetric", "W4 g128 symmetric", "W3 per channel symmetric", "W3 g128 symmetric"]
+_FORMATS += ["W2 g64 symmetric", "W2 g64 asymmetric"]
 
 
 TABLES: dict[str, Callable[[], str]] = {"linear": linear, "fake_quant": fake_quant, "accuracy": accuracy, "ptq": ptq}
