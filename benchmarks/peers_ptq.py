@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--calibration-windows", type=int, default=128, help="of 1,024 tokens")
     parser.add_argument("--eval-windows", type=int, default=64)
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
+    parser.add_argument("--commit", help="of the working tree, where git does not know it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     quiet()
