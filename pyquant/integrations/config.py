@@ -93,7 +93,7 @@ class BlockwiseSettings(BaseModel):
     lr: float | None = Field(None, gt=0)
     scale_lr: float = Field(1.0, ge=0)
     kl: float = Field(1.0, ge=0)
-    end_mse: float = Field(0.0, ge=0)
+    end_mse: float = Field(1.0, ge=0)
     local: float = Field(0.0, ge=0)
     polish: int = Field(0, ge=0)
     polish_lr: float = Field(2e-3, gt=0)
