@@ -232,6 +232,22 @@ def test_training_lowers_the_error_of_the_start(arm):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())  # the model is left as it was
 
 
+def test_blocks_without_chosen_layers_are_left():
+    model, tokens = tiny_llama(num_hidden_layers=3), some_tokens(16, 24)
+    chosen = ["model.layers.1.mlp.up_proj", "model.layers.1.self_attn.o_proj"]
+    settings = Settings(batch_size=BATCH, steps=6)
+    result = blockwise(model, tokens, QuantSpec(3, 32), settings, chosen)
+    assert [row["steps"] for row in result.rows] == [0, 6, 0]
+    assert {b: sorted(r.layers) for b, r in result.blocks.items()} == {
+        0: [],
+        1: ["mlp.up_proj", "self_attn.o_proj"],
+        2: [],
+    }
+    before = dict(model.named_parameters())
+    changed = [n for n, p in with_result(model, result).named_parameters() if not torch.equal(p, before[n])]
+    assert sorted(changed) == sorted(f"{name}.weight" for name in chosen)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     model, spec = tiny_llama(), QuantSpec(3, 32)
     first = run(model, spec)

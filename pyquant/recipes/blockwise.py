@@ -144,7 +144,7 @@ def _all_windows(run: _Run, keeper: Keeper | None) -> None:
                 f"Training of block {first}{f' to {last}' if last > first else ''} met NaN; the last good state is kept."
             )
         run.done += steps
-        run.tell(f"block {blocks[0]}, loss {row['best']:.4g}" if steps else f"block {blocks[0]}")
+        run.tell(f"block {blocks[0]}, loss {row['best']:.4g}" if row["steps"] else f"block {blocks[0]}")
         run.carry(index, leaving)
 
 
@@ -232,8 +232,9 @@ class _Run:
                     self.open[b] = self._enter(b)
                 except ValueError as error:
                     raise ValueError(f"{self.root}.{b}.{error}") from error
-        row: dict[str, Any] = {"blocks": [blocks[0], blocks[-1]], "steps": steps}
-        if not steps:
+        trains = steps > 0 and any(True for _ in _trained_layers(self.open[b] for b in blocks))
+        row: dict[str, Any] = {"blocks": [blocks[0], blocks[-1]], "steps": steps if trains else 0}
+        if not trains:
             return row
         outcome = self._train(index, blocks, steps)
         if outcome.before != outcome.before:
