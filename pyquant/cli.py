@@ -117,7 +117,7 @@ def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any
 
 _KD = "Training (--recipe kd-qat)"
 _GPTQ = "Calibration (--recipe gptq and blockwise)"
-_BLOCK = "Training of blocks (--recipe blockwise, which also reads --steps, --batch-size and --lr)"
+_BLOCK = "Training of blocks (--recipe blockwise; and --steps, --batch-size, --lr, --kl, --scale-lr relative to --lr)"
 _EVAL = "Evaluation"
 _HOW = "Format of the weights"
 
@@ -194,6 +194,28 @@ def quantize(
     polish: Annotated[
         int | None, _option("blockwise.polish", "--polish", text="Joint steps of all blocks at the end.", panel=_BLOCK)
     ] = None,
+    polish_lr: Annotated[
+        float | None, _option("blockwise.polish_lr", "--polish-lr", text="Of those steps.", panel=_BLOCK)
+    ] = None,
+    ranges: Annotated[
+        bool | None, _option("blockwise.ranges", "--ranges/--no-ranges", text="Train scales.", panel=_BLOCK)
+    ] = None,
+    reach: Annotated[float | None, _option("blockwise.reach", "--reach", text="Of roundings.", panel=_BLOCK)] = None,
+    end_mse: Annotated[
+        float | None, _option("blockwise.end_mse", "--end-mse", text="Weight beside KL at the end.", panel=_BLOCK)
+    ] = None,
+    local: Annotated[
+        float | None, _option("blockwise.local", "--local", text="Weight of the window's own error.", panel=_BLOCK)
+    ] = None,
+    keep_best: Annotated[
+        bool | None, _option("blockwise.keep_best", "--keep-best/--keep-last", text="State to keep.", panel=_BLOCK)
+    ] = None,
+    graphs: Annotated[
+        bool | None, _option("blockwise.graphs", "--graphs/--no-graphs", text="CUDA graphs.", panel=_BLOCK)
+    ] = None,
+    autocast: Annotated[
+        bool | None, _option("blockwise.autocast", "--autocast/--no-autocast", text="bf16 on GPUs.", panel=_BLOCK)
+    ] = None,
     activations: Annotated[
         str | None, _option("blockwise.activations", "--activations", text="Place of states.", panel=_BLOCK)
     ] = None,
@@ -247,7 +269,7 @@ def quantize(
     flags = {name: given[name] for name in QuantizeConfig.model_fields if name in given}
     flags |= {"format": file_format, "range": weight_range, "eval": evals}
     if recipe == "blockwise":
-        given |= {"windows": calibration_windows, "seq_len": calibration_length, "scale_lr": None}
+        given |= {"windows": calibration_windows, "seq_len": calibration_length}
         given["lookahead"] = int(lookahead) if lookahead and lookahead.isdigit() else lookahead
         flags |= {f"blockwise.{name}": given[name] for name in BlockwiseSettings.model_fields if name in given}
     else:

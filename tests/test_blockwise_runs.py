@@ -83,8 +83,9 @@ def test_killed_at_random_it_resumes_to_the_same_checkpoint(work, tmp_path):
     began = time.monotonic()
     quantize(config(work, tmp_path / "whole", **fields))
     seconds = time.monotonic() - began
-    draw, kills = random.Random(11), 0
-    for attempt in range(4):
+    draw, kills, attempt = random.Random(11), 0, 0
+    while kills < 10:
+        attempt += 1
         out = tmp_path / f"killed{attempt}"
         while not out.exists():
             child = os.fork()
@@ -95,7 +96,7 @@ def test_killed_at_random_it_resumes_to_the_same_checkpoint(work, tmp_path):
                 except BaseException:
                     os._exit(1)
             if kills < 10:
-                time.sleep(draw.uniform(0.05, 1.0) * seconds)
+                time.sleep(draw.uniform(0.05, 0.8) * seconds)  # not every kill comes in time: the run may have ended
                 os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
             if os.WIFSIGNALED(status):
@@ -103,7 +104,6 @@ def test_killed_at_random_it_resumes_to_the_same_checkpoint(work, tmp_path):
             else:
                 assert os.WEXITSTATUS(status) == 0
         assert weights(out) == weights(tmp_path / "whole")
-    assert kills == 10
 
 
 def test_a_resumed_run_with_other_inputs_is_refused(tmp_path):
