@@ -38,17 +38,19 @@ CALIBRATION = {
 
 # Where the arm "best" was looked for: what an objective at the logits, a joint end and other starts add.
 TUNE = (
-    "end-kl=ahead-end,end_mse:0",
-    "g-end=ahead-end,start:gptq",
-    "g-end-s=ahead-end,start:gptq,scale_lr:0.3",
-    "m-polish=single,polish:400,polish_lr:0.005",
     "g-polish=single,start:gptq,polish:400,polish_lr:0.005",
-    "g-polish-slow=single,start:gptq,polish:400,polish_lr:0.0025",
-    "g-polish-long=single,start:gptq,polish:1200,polish_lr:0.005",
-    "g-polish-far=single,start:gptq,polish:1200,polish_lr:0.005,reach:1.0",
-    "g-polish-kl=single,start:gptq,end_mse:0,polish:400,polish_lr:0.005",
     "g-polish-both=single,start:gptq,target:both,polish:400,polish_lr:0.005",
-    "m-end-polish=ahead-end,polish:400,polish_lr:0.005",
+    "g-both=single,start:gptq,target:both,scale_lr:0.3",
+    "g-polish-slow=single,start:gptq,target:both,polish:400,polish_lr:0.0025,scale_lr:0.3",
+    "g-polish-only=gptq,polish:400,polish_lr:0.0025,scale_lr:0.3",
+    "g-slow=single,start:gptq,target:both,lr:0.002,scale_lr:0.3",
+    "g-end=ahead-end,start:gptq",
+    "g-end-both=ahead-end,start:gptq,target:both,scale_lr:0.3",
+    "m-polish=single,polish:400,polish_lr:0.005",
+    "g-polish-long=single,start:gptq,target:both,polish:1200,polish_lr:0.005",
+    "g-polish-far=single,start:gptq,target:both,polish:1200,polish_lr:0.005,reach:1.0",
+    "g-polish-kl=single,start:gptq,end_mse:0,polish:400,polish_lr:0.005",
+    "end-kl=ahead-end,end_mse:0",
     "w-polish=single,start:gptq,learn:weights,optimizer:adamw,polish:400,polish_lr:0.005",
 )
 
