@@ -161,22 +161,24 @@ def transplant(theirs: nn.Module, ours: nn.Module) -> tuple[nn.Module, str]:
 
 def stand_in_for_datasets() -> None:
     """Where the package is absent, let it be imported and refuse to be used."""
-    try:
-        importlib.import_module("datasets")
-    except ImportError:
-        module = types.ModuleType("datasets")
-        module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)  # type: ignore[attr-defined]
-        for name in (
-            "Dataset",
-            "DatasetDict",
-            "IterableDataset",
-            "IterableDatasetDict",
-            "Features",
-            "Sequence",
-            "Value",
-        ):
-            setattr(module, name, type(name, (), {}))
-        sys.modules["datasets"] = module
+    if importlib.util.find_spec("datasets") is not None:
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("the package datasets is not installed; the calibration windows are given")
+
+    def name_of(name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"__init__": refuse, "__call__": refuse})
+
+    parts = ("", ".formatting", ".formatting.formatting", ".utils", ".arrow_dataset")
+    for path in (f"datasets{part}" for part in parts):
+        module = types.ModuleType(path)
+        module.__spec__ = importlib.machinery.ModuleSpec(path, None, is_package=True)
+        module.__path__ = []
+        module.__getattr__ = name_of  # type: ignore[method-assign]
+        sys.modules[path] = module
 
 
 def main() -> None:
