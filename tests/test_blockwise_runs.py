@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -83,27 +83,31 @@ def test_killed_at_random_it_resumes_to_the_same_checkpoint(work, tmp_path):
     began = time.monotonic()
     quantize(config(work, tmp_path / "whole", **fields))
     seconds = time.monotonic() - began
+    server = multiprocessing.get_context("forkserver")  # forks a process in which no thread was ever started
+    server.set_forkserver_preload(["pyquant.integrations.pipeline"])
     draw, kills, attempt = random.Random(11), 0, 0
     while kills < 10:
         attempt += 1
         out = tmp_path / f"killed{attempt}"
         while not out.exists():
-            child = os.fork()
-            if not child:
-                try:
-                    quantize(config(work, out, resume=True, **fields))
-                    os._exit(0)
-                except BaseException:
-                    os._exit(1)
-            if kills < 10:
-                time.sleep(draw.uniform(0.05, 0.8) * seconds)  # not every kill comes in time: the run may have ended
-                os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            if os.WIFSIGNALED(status):
-                kills += 1
-            else:
-                assert os.WEXITSTATUS(status) == 0
+            child = server.Process(target=_child, args=(config(work, out, resume=True, **fields), tmp_path / "why.txt"))
+            child.start()
+            if kills < 10:  # not every kill comes in time: the run may have ended
+                child.join(draw.uniform(0.3, 1.2) * (seconds + 0.5))
+                child.kill()
+            child.join()
+            kills += child.exitcode == -signal.SIGKILL
+            assert child.exitcode in (0, -signal.SIGKILL), (tmp_path / "why.txt").read_text()
         assert weights(out) == weights(tmp_path / "whole")
+
+
+def _child(settings, why: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        quantize(settings)
+    except BaseException:
+        why.write_text(traceback.format_exc())
+        raise
 
 
 def test_a_resumed_run_with_other_inputs_is_refused(tmp_path):
