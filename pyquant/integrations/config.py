@@ -82,7 +82,7 @@ class BlockwiseSettings(BaseModel):
     window: int = Field(1, ge=1)
     stride: int | None = Field(None, ge=1)
     lookahead: int | Literal["end"] = 0
-    target: Literal["fp", "block", "both"] = "fp"
+    target: Literal["fp", "block", "both"] = "both"
     start: Literal["minmax", "mse", "gptq", "awq"] = "gptq"
     learn: Literal["rounding", "clip", "weights"] = "rounding"
     ranges: bool = True
