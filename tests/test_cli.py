@@ -321,7 +321,7 @@ def test_the_training_settings_are_the_trainers():
 
 
 def test_the_settings_of_blocks_are_the_recipes():
-    ours, theirs = BlockwiseSettings().model_dump(), Settings(start="gptq", target="both")  # what did best in benchmarks/NOTES.md
+    ours, theirs = BlockwiseSettings().model_dump(), Settings(start="gptq", target="both")
     elsewhere = {"windows", "seq_len", "activations", "gpu_memory", "stream"}
     assert ours.keys() - elsewhere == Settings.__dataclass_fields__.keys() - {"seed"}
     for name in ours.keys() - elsewhere:
