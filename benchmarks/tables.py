@@ -9,7 +9,10 @@ import argparse
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from pyquant.integrations.spread import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,6 +119,35 @@ def end_to_end(found: dict | None = None) -> str:
     return _about(found["meta"]) + "\n\n" + _table(["", *impls.values()], rows)
 
 
+def arms(model: str, texts: tuple[str, ...] = ("books", "wikitext2", "tinystories")) -> str:
+    """Every format and arm of ``benchmarks.ptq`` (and of ``benchmarks.peers_ptq``, where its file is there): means over
+    seeds with half of the 95 % interval."""
+    found = _load(f"h200/ptq-{model}.json")
+    rows = list(found["rows"])
+    if (RESULTS / f"h200/peers-{model}.json").is_file():
+        rows += _load(f"h200/peers-{model}.json")["rows"]
+    cells = []
+    for row in sorted(summary(rows), key=lambda r: _FORMATS.index(r["spec"])):
+        values = []
+        for text in texts:
+            mean, half = row["texts"][text]["mean"], row["texts"][text]["half"]
+            values.append(f"{mean:.2f}" if half is None else f"{mean:.2f} ± {half:.2f}")
+        cells.append([row["spec"].removesuffix(" symmetric"), row["arm"], *values, f"{row['seconds']:.1f}"])
+    meta = found["meta"]
+    full = meta.get("full_precision")
+    if full:
+        cells.insert(0, ["full precision", "", *(f"{full[text]:.2f}" for text in texts), ""])
+    about = (
+        f"{meta['model']}, {meta['calibration_tokens']:,} calibration tokens, {meta['eval_windows']} windows of each text, "
+        f"mean over seeds ± half of the 95 % interval. {meta['gpu']}, commit {meta['commit'][:12]}."
+    )
+    return about + "\n\n" + _table(["format", "arm", *texts, "seconds"], cells)
+
+
+_FORMATS = ["W4 per channel symmetric", "W4 g128 symmetric", "W3 per channel symmetric", "W3 g128 symmetric"]
+_FORMATS += ["W2 g64 symmetric", "W2 g64 asymmetric"]
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "fake_quant": fake_quant,
@@ -123,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ptq": ptq,
     "end_to_end": end_to_end,
 }
+TABLES |= {"arms_28m": partial(arms, "classics-llama-28m"), "arms_260k": partial(arms, "stories260K")}
 
 
 def fill(readme: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: ``pyquant quantize | eval | generate | export | bench | doctor | demo``.
+"""The command line: ``pyquant quantize | ablate | eval | generate | export | bench | doctor | demo``.
 
 Thin: each command reads its flags, calls one function of :mod:`pyquant.integrations` (imported then, so that ``--help``
 is quick) and prints what comes back. Results go to stdout, progress and errors to stderr. An expected error is one
@@ -20,7 +20,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from pyquant.integrations.config import SECTIONS, KDSettings, QuantizeConfig, load_config
+from pyquant.cli_output import Progress, table
+from pyquant.integrations.config import SECTIONS, BlockwiseSettings, KDSettings, QuantizeConfig, load_config
 
 # Threads that wait for their siblings by spinning cost a busy machine most of its time: up to ten times the work was
 # measured on two shared cores with small matrices. OpenMP reads this when torch is imported, which is later.
@@ -98,81 +99,6 @@ def _typed(context: typer.Context) -> str:
     return shlex.join(["pyquant", *context.find_root().obj])
 
 
-# ------------------------------------------------------------------------------------------------ progress and tables
-
-
-class Progress:
-    """Events as a bar on a terminal, as lines elsewhere (a new stage, and then at most one line every ten seconds)."""
-
-    def __init__(self) -> None:
-        self.live: Any = None
-        self.task: Any = None
-        self.stage, self.printed = "", 0.0
-
-    def __enter__(self) -> Progress:
-        from pyquant.integrations.machine import quiet
-
-        quiet()
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bars
-
-            columns = [SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(None)]
-            columns += [MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}")]
-            self.live = Bars(*columns, console=Console(stderr=True))
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.live is not None:
-            self.live.stop()
-
-    def __call__(self, event: Any) -> None:
-        """Show one :class:`pyquant.integrations.events.Event`."""
-        if self.live is not None:
-            self._bar(event)
-        else:
-            self._line(event)
-
-    def _bar(self, event: Any) -> None:
-        if event.stage != self.stage:
-            self.stage = event.stage
-            self.task = self.live.add_task(event.stage, total=None, note="")
-        if event.total:
-            self.live.update(self.task, completed=event.done, total=event.total, note=event.note)
-
-    def _line(self, event: Any) -> None:
-        import time
-
-        now = time.monotonic()
-        if event.stage != self.stage:
-            self.stage, self.printed = event.stage, now
-            typer.echo(f"{event.stage} ...", err=True)
-        elif event.note != "done" and event.total and now - self.printed > 10:
-            self.printed = now
-            typer.echo(f"  {event.done}/{event.total} {event.note}".rstrip(), err=True)
-
-
-def table(columns: list[str], rows: list[list[str]]) -> None:
-    """A table on stdout: drawn on a terminal, aligned columns elsewhere."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        drawn = Table(*columns)
-        for column in drawn.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            drawn.add_row(*row)
-        Console().print(drawn)
-        return
-    widths = [max(len(line[i]) for line in [columns, *rows]) for i in range(len(columns))]
-    for line in [columns, *rows]:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
-        typer.echo("  ".join(cells).rstrip())
-
-
 # ------------------------------------------------------------------------------------------------ quantize
 
 
@@ -190,7 +116,8 @@ def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any
 
 
 _KD = "Training (--recipe kd-qat)"
-_GPTQ = "Calibration (--recipe gptq)"
+_GPTQ = "Calibration (--recipe gptq and blockwise)"
+_BLOCK = "Training of blocks (--recipe blockwise; and --steps, --batch-size, --lr, --kl, --scale-lr relative to --lr)"
 _EVAL = "Evaluation"
 _HOW = "Format of the weights"
 
@@ -204,7 +131,9 @@ def quantize(
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
-    calibration: Annotated[str | None, _option("calibration", "--calibration", text="Text of gptq and kd-qat.")] = None,
+    calibration: Annotated[
+        str | None, _option("calibration", "--calibration", text="Text of gptq, blockwise, kd-qat.")
+    ] = None,
     file_format: Annotated[str | None, _option("format", "--format", text="")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace --out, start anew.")] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Continue interrupted work.")] = None,
@@ -251,6 +180,51 @@ def quantize(
         _option("gptq.act_order", "--act-order/--no-act-order", text="Largest inputs first.", panel=_GPTQ),
     ] = None,
     damp: Annotated[float | None, _option("gptq.damp", "--damp", text="Of the Hessian.", panel=_GPTQ)] = None,
+    window: Annotated[int | None, _option("blockwise.window", "--window", text="Blocks at once.", panel=_BLOCK)] = None,
+    stride: Annotated[
+        int | None, _option("blockwise.stride", "--stride", text="Of windows (the window).", panel=_BLOCK)
+    ] = None,
+    lookahead: Annotated[
+        str | None, _option("blockwise.lookahead", "--lookahead", text="Blocks further on, or end.", panel=_BLOCK)
+    ] = None,
+    target: Annotated[str | None, _option("blockwise.target", "--target", text="", panel=_BLOCK)] = None,
+    start: Annotated[str | None, _option("blockwise.start", "--start", text="", panel=_BLOCK)] = None,
+    learn: Annotated[str | None, _option("blockwise.learn", "--learn", text="", panel=_BLOCK)] = None,
+    optimizer: Annotated[str | None, _option("blockwise.optimizer", "--optimizer", text="", panel=_BLOCK)] = None,
+    polish: Annotated[
+        int | None, _option("blockwise.polish", "--polish", text="Joint steps of all blocks at the end.", panel=_BLOCK)
+    ] = None,
+    polish_lr: Annotated[
+        float | None, _option("blockwise.polish_lr", "--polish-lr", text="Of those steps.", panel=_BLOCK)
+    ] = None,
+    ranges: Annotated[
+        bool | None, _option("blockwise.ranges", "--ranges/--no-ranges", text="Train scales.", panel=_BLOCK)
+    ] = None,
+    reach: Annotated[float | None, _option("blockwise.reach", "--reach", text="Of roundings.", panel=_BLOCK)] = None,
+    end_mse: Annotated[
+        float | None, _option("blockwise.end_mse", "--end-mse", text="Weight beside KL at the end.", panel=_BLOCK)
+    ] = None,
+    local: Annotated[
+        float | None, _option("blockwise.local", "--local", text="Weight of the window's own error.", panel=_BLOCK)
+    ] = None,
+    keep_best: Annotated[
+        bool | None, _option("blockwise.keep_best", "--keep-best/--keep-last", text="State to keep.", panel=_BLOCK)
+    ] = None,
+    graphs: Annotated[
+        bool | None, _option("blockwise.graphs", "--graphs/--no-graphs", text="CUDA graphs.", panel=_BLOCK)
+    ] = None,
+    autocast: Annotated[
+        bool | None, _option("blockwise.autocast", "--autocast/--no-autocast", text="bf16 on GPUs.", panel=_BLOCK)
+    ] = None,
+    activations: Annotated[
+        str | None, _option("blockwise.activations", "--activations", text="Place of states.", panel=_BLOCK)
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, _option("blockwise.gpu_memory", "--gpu-memory", text="GiB to stay within.", panel=_BLOCK)
+    ] = None,
+    stream: Annotated[
+        bool | None, _option("blockwise.stream", "--stream/--no-stream", text="Read block by block.", panel=_BLOCK)
+    ] = None,
     steps: Annotated[int | None, _option("kd.steps", "--steps", text="", panel=_KD)] = None,
     batch_size: Annotated[int | None, _option("kd.batch_size", "--batch-size", text="", panel=_KD)] = None,
     seq_len: Annotated[int | None, _option("kd.seq_len", "--seq-len", text="", panel=_KD)] = None,
@@ -294,10 +268,14 @@ def quantize(
     given = dict(locals())
     flags = {name: given[name] for name in QuantizeConfig.model_fields if name in given}
     flags |= {"format": file_format, "range": weight_range, "eval": evals}
-    flags |= {f"kd.{name}": given[name] for name in KDSettings.model_fields if name in given}
-    flags |= {"gptq.windows": calibration_windows, "gptq.seq_len": calibration_length}
-    flags |= {"gptq.act_order": act_order, "gptq.damp": damp}
-    flags["kd.freeze"] = frozen
+    if recipe == "blockwise":
+        given |= {"windows": calibration_windows, "seq_len": calibration_length}
+        given["lookahead"] = int(lookahead) if lookahead and lookahead.isdigit() else lookahead
+        flags |= {f"blockwise.{name}": given[name] for name in BlockwiseSettings.model_fields if name in given}
+    else:
+        flags |= {f"kd.{name}": given[name] for name in KDSettings.model_fields if name in given}
+        flags |= {"gptq.windows": calibration_windows, "gptq.seq_len": calibration_length}
+        flags |= {"gptq.act_order": act_order, "gptq.damp": damp, "kd.freeze": frozen}
     settings = load_config(config, flags)
 
     from pyquant.integrations.pipeline import quantize as run
@@ -440,6 +418,9 @@ def demo(
     for line in result.lines:
         typer.echo(f"\n{line}")
     typer.echo(f"\n{out}/report.html has the details.")
+
+
+from pyquant import cli_ablate  # noqa: E402, F401 (registers the command)
 
 
 def main() -> None:

@@ -15,8 +15,9 @@ from trained import make_tiny_model, tiny_text
 from typer.testing import CliRunner
 
 from pyquant.cli import app
-from pyquant.integrations.config import KDSettings, QuantizeConfig, known_keys, load_config
+from pyquant.integrations.config import BlockwiseSettings, KDSettings, QuantizeConfig, known_keys, load_config
 from pyquant.integrations.trainer import KDConfig
+from pyquant.recipes.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +239,7 @@ def test_overwrite_replaces(model, tmp_path):
         ("steps: 3", ["unknown key 'steps'", "kd.steps"]),
         ("bits: 5", ["bits=5", "less than or equal to 4"]),
         ("group_size: 100", ["group_size=100", "-1, 32, 64 or 128"]),
-        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq' or 'kd-qat'"]),
+        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq', 'blockwise' or 'kd-qat'"]),
         ("- 1", ["must hold keys and values"]),
         ("kd: 3", ["kd must hold keys"]),
         ("a: [", ["is not YAML"]),
@@ -319,10 +320,19 @@ def test_the_training_settings_are_the_trainers():
         assert getattr(theirs, name) == value, name
 
 
+def test_the_settings_of_blocks_are_the_recipes():
+    ours, theirs = BlockwiseSettings().model_dump(), Settings(start="gptq", target="both")
+    elsewhere = {"windows", "seq_len", "activations", "gpu_memory", "stream"}
+    assert ours.keys() - elsewhere == Settings.__dataclass_fields__.keys() - {"seed"}
+    for name in ours.keys() - elsewhere:
+        assert getattr(theirs, name) == ours[name], name
+
+
 def test_every_setting_has_a_flag():
     words = pyquant("quantize", "--help").stdout
     named = {"gptq.windows": "calibration-windows", "gptq.seq_len": "calibration-length"}
-    for key in set(known_keys()) - {"kd", "kd.bf16", "gptq", "gptq.batch_size", "model"}:
+    named |= {"blockwise.windows": "calibration-windows", "blockwise.seq_len": "calibration-length"}
+    for key in set(known_keys()) - {"kd", "kd.bf16", "gptq", "gptq.batch_size", "blockwise", "model"}:
         flag = "--" + named.get(key, key.rpartition(".")[2].replace("_", "-"))
         assert flag in words, key
 
@@ -335,6 +345,9 @@ def test_settings_that_decide_the_weights_are_fixed():
     gptq = QuantizeConfig(model="m", out="o", recipe="gptq", calibration="t").fixed()
     assert "gptq.damp" in gptq
     assert "kd.lr" not in gptq
+    blockwise = QuantizeConfig(model="m", out="o", recipe="blockwise", calibration="t").fixed()
+    assert "blockwise.lookahead" in blockwise
+    assert not {"blockwise.activations", "blockwise.stream", "blockwise.gpu_memory"} & blockwise.keys()
 
 
 # ------------------------------------------------------------------------------------------------ the rest

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Recipe = Literal["rtn", "gptq", "kd-qat"]
+Recipe = Literal["rtn", "gptq", "blockwise", "kd-qat"]
 Range = Literal["minmax", "mse"]
 Format = Literal["compressed-tensors", "gptq"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -24,6 +24,8 @@ FREE_TO_CHANGE = (
     "out", "overwrite", "resume", "format", "device", "dtype",
     "eval", "eval_windows", "eval_length", "eval_skip_chars",
 )  # fmt: skip
+# Of blockwise: where things are, which changes no bit of what is computed.
+FREE_OF_BLOCKWISE = ("activations", "gpu_memory", "stream")
 
 
 class KDSettings(BaseModel):
@@ -64,8 +66,51 @@ class GPTQSettings(BaseModel):
     damp: float = Field(0.01, gt=0, le=1)
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"kd": KDSettings, "gptq": GPTQSettings}
-_SECTION_OF = {"kd-qat": "kd", "gptq": "gptq"}  # recipe -> the section that it reads
+class BlockwiseSettings(BaseModel):
+    """The training of ``--recipe blockwise``: fields and defaults of :class:`pyquant.recipes.settings.Settings`, the
+    calibration windows, and where things are kept.
+
+    Attributes:
+        windows, seq_len: calibration windows and tokens in one (None: the model's context, at most 2048).
+        activations: where hidden states are: ``device``, ``host``, ``disk``, or the first of these with room (``auto``).
+        gpu_memory: GiB of GPU memory to stay within; None is what is free.
+        stream: read the checkpoint block by block instead of loading the model; None: where the GPU does not hold it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    window: int = Field(1, ge=1)
+    stride: int | None = Field(None, ge=1)
+    lookahead: int | Literal["end"] = 0
+    target: Literal["fp", "block", "both"] = "both"
+    start: Literal["minmax", "mse", "gptq", "awq"] = "gptq"
+    learn: Literal["rounding", "clip", "weights"] = "rounding"
+    ranges: bool = True
+    reach: float = Field(0.5, gt=0)
+    steps: int = Field(200, ge=0)
+    batch_size: int = Field(8, ge=1)
+    optimizer: Literal["sign-sgd", "adamw"] = "sign-sgd"
+    lr: float | None = Field(None, gt=0)
+    scale_lr: float = Field(1.0, ge=0)
+    kl: float = Field(1.0, ge=0)
+    end_mse: float = Field(1.0, ge=0)
+    local: float = Field(0.0, ge=0)
+    polish: int = Field(0, ge=0)
+    polish_lr: float = Field(2e-3, gt=0)
+    keep_best: bool = True
+    act_order: bool = True
+    damp: float = Field(0.01, gt=0, le=1)
+    graphs: bool = True
+    autocast: bool = True
+    windows: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    activations: Literal["auto", "device", "host", "disk"] = "auto"
+    gpu_memory: float | None = Field(None, gt=0)
+    stream: bool | None = None
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"kd": KDSettings, "gptq": GPTQSettings, "blockwise": BlockwiseSettings}
+_SECTION_OF = {"kd-qat": "kd", "gptq": "gptq", "blockwise": "blockwise"}  # recipe -> the section that it reads
 
 
 class QuantizeConfig(BaseModel):
@@ -73,13 +118,13 @@ class QuantizeConfig(BaseModel):
 
     Attributes:
         model: folder of a Hugging Face checkpoint (or a name in the local Hugging Face cache).
-        recipe: ``rtn`` (round to nearest, no data), ``gptq`` (column by column, some text) or ``kd-qat``
-            (quantization-aware training with distillation).
+        recipe: ``rtn`` (round to nearest, no data), ``gptq`` (column by column, some text), ``blockwise`` (roundings and
+            ranges trained block by block, some text) or ``kd-qat`` (quantization-aware training with distillation).
         bits, group_size, symmetric: the weight format; group size -1 is one scale per output channel.
         range: how the first range is found: ``mse`` (smallest squared error) or ``minmax``.
         include, exclude: shell-style patterns on module names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing the model.
-        calibration: text of gptq and kd-qat: a file, a folder, or a data set name.
+        calibration: text of gptq, blockwise and kd-qat: a file, a folder, or a data set name.
         eval: texts to measure perplexity on, before and after.
         eval_windows: at most this many windows of each text; None is all of them.
         eval_length: tokens in a window; None is the model's context, at most 2048.
@@ -89,7 +134,7 @@ class QuantizeConfig(BaseModel):
         resume: continue the unfinished work beside ``out``.
         device, dtype: where and in which arithmetic; ``auto`` means the GPU in the checkpoint's dtype,
             or the CPU in float32.
-        kd, gptq: settings of those recipes.
+        kd, gptq, blockwise: settings of those recipes.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -117,6 +162,7 @@ class QuantizeConfig(BaseModel):
     seed: int = 0
     kd: KDSettings = Field(default_factory=KDSettings)
     gptq: GPTQSettings = Field(default_factory=GPTQSettings)
+    blockwise: BlockwiseSettings = Field(default_factory=BlockwiseSettings)
 
     @field_validator("include", "exclude", "eval", mode="before")
     @classmethod
@@ -132,8 +178,9 @@ class QuantizeConfig(BaseModel):
         """The settings that decide the resulting weights, JSON-ready and flat (``kd.steps``)."""
         fields = self.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
         sections = {name: fields.pop(name) for name in SECTIONS}
-        own = _SECTION_OF.get(self.recipe)
-        return fields | {f"{own}.{name}": value for name, value in sections.get(own or "", {}).items()}
+        own = _SECTION_OF.get(self.recipe) or ""
+        free = FREE_OF_BLOCKWISE if own == "blockwise" else ()
+        return fields | {f"{own}.{name}": value for name, value in sections.get(own, {}).items() if name not in free}
 
 
 def known_keys() -> list[str]:

@@ -31,17 +31,26 @@ def perplexity(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    total = 0.0
+    sums = torch.zeros((), dtype=torch.float64, device=device)
     try:
         for start in range(0, len(windows), batch_size):
             tokens = windows[start : start + batch_size].to(device)
             logits = model(input_ids=tokens, use_cache=False).logits
             for row, target in zip(logits[:, :-1], tokens[:, 1:], strict=True):  # fp32 for one window at a time
-                total += nn.functional.cross_entropy(row.float(), target, reduction="sum").double().item()
+                sums += nn.functional.cross_entropy(row.float(), target, reduction="sum").double()
             if on_batch is not None:
                 on_batch(min(start + batch_size, len(windows)), len(windows))
     finally:
         model.train(training)
+    return exp_mean(sums.item(), windows)  # the only synchronisation with a GPU
+
+
+def exp_mean(total: float, windows: Tensor) -> float:
+    """Perplexity from the summed cross-entropy of windows ``[n, T]``; infinite where it overflows.
+
+    Raises:
+        ValueError: for NaN.
+    """
     if math.isnan(total):
         raise ValueError("the model's logits are NaN: its perplexity is undefined")
     mean = total / (windows.shape[0] * (windows.shape[1] - 1))

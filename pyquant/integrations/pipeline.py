@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
+from pyquant.integrations.blockwise import quantize_blocks, split_report, streams
 from pyquant.integrations.checkpoint import local_folder
-from pyquant.integrations.config import QuantizeConfig, load_config
+from pyquant.integrations.config import FREE_OF_BLOCKWISE, QuantizeConfig, load_config
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.events import Clock, Event, OnEvent
@@ -36,14 +37,17 @@ from pyquant.integrations.machine import (
     weight_bytes,
     window_length,
 )
+from pyquant.integrations.streaming import Streamed
 from pyquant.integrations.summary import to_report
 from pyquant.integrations.trainer import KDConfig, train_kd
 from pyquant.integrations.transformers import load_causal_lm
-from pyquant.integrations.work import TRAINER, Work, checkpoint_digest, model_digest, tensor_digest
+from pyquant.integrations.work import BLOCKS, TRAINER, Work, checkpoint_digest, model_digest, tensor_digest
 from pyquant.nn.swap import SwapReport, matches, swap
+from pyquant.recipes.blocks import find_blocks
 from pyquant.recipes.gptq import gptq
 from pyquant.recipes.kd_qat import KDLoss, convert
 from pyquant.recipes.rtn import layer_errors, rtn
+from pyquant.recipes.settings import Settings
 from pyquant.report import write_report
 
 __all__ = ["EvaluationText", "Event", "QuantizeConfig", "Result", "load_config", "quantize"]
@@ -66,6 +70,7 @@ class Result:
         rows: ``{"text", "windows", "length", "fp", "quantized"}``, perplexities.
         history: ``{"step", "loss", "kl", "ce", "lr"}`` of kd-qat.
         layers: ``{"name", "relative_error", "sqnr_db"}``, weight errors.
+        blocks: of blockwise, a row for each window, see :class:`pyquant.recipes.blockwise.Result`.
         sizes: ``fp_bytes, quantized_bytes, bits_per_weight, container_bits, quantized_percent, parameters``.
         kept: linear layer -> why it was left.
         frozen: layers fixed by ov-freeze.
@@ -82,6 +87,7 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, float]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
     sizes: dict[str, float] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     frozen: list[str] = field(default_factory=list)
@@ -127,8 +133,15 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     training_text = load_text(config.calibration) if config.calibration and config.recipe != "rtn" else ""
 
     device, folder = pick_device(config.device), local_folder(config.model)
+    how = config.blockwise
+    settings = blockwise_settings(config) if config.recipe == "blockwise" else None
+    streamed = None
     with clock("load the model"):
-        model, tokenizer = load_causal_lm(folder, dtype="auto", device="cpu")
+        if settings is not None and streams(how.stream, folder, device, how.gpu_memory):
+            streamed = Streamed(folder, device)
+            model, tokenizer = streamed.model, streamed.tokenizer
+        else:
+            model, tokenizer = load_causal_lm(folder, dtype="auto", device="cpu")
     stored = stored_dtype(model)
     compute = pick_dtype(config.dtype, stored, device)
     length = window_length(model, config.eval_length)
@@ -144,11 +157,19 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     _check_disk(config, model)
 
     result = Result(config=config.model_dump(mode="json"), spec=str(spec), versions=versions(device))
-    model.to(device, compute)
+    if streamed is not None:
+        streamed.set_dtype(compute)
+    else:
+        model.to(device, compute)
     work.open()
     try:
-        fp = [_measure(work, model, text, "full precision", checkpoint_digest(folder), clock) for text in texts]
-        model, report = _apply(config, spec, model, tokens, stored, work, clock, result)
+        whole = streamed or model
+        fp = [_measure(work, whole, text, "full precision", checkpoint_digest(folder), clock) for text in texts]
+        if settings is not None:
+            assert tokens is not None
+            report = _apply_blocks(config, spec, settings, model, streamed, tokens, stored, work, clock, result)
+        else:
+            model, report = _apply(config, spec, model, tokens, stored, work, clock, result)
         digest = model_digest(model) if texts else ""
         quantized = [_measure(work, model, text, "quantized", digest, clock) for text in texts]
         result.rows = [
@@ -218,6 +239,40 @@ def _apply(
     return model, report
 
 
+def _apply_blocks(
+    config: QuantizeConfig,
+    spec: QuantSpec,
+    settings: Settings,
+    model: nn.Module,
+    streamed: Streamed | None,
+    tokens: Tensor,
+    stored: torch.dtype,
+    work: Work,
+    clock: Clock,
+    result: Result,
+) -> SwapReport:
+    """The recipe blockwise, in place; what became of the layers."""
+    how, folder = config.blockwise, work.path / BLOCKS
+    before = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    root, _ = find_blocks(model)
+    report = swap(model, spec, lambda _, linear: linear, config.include, config.exclude, config.skip_experts)
+    chosen = split_report(report, model, root)
+    digest = checkpoint_digest(local_folder(config.model))
+    with clock("quantize") as stage:
+        found, memory = quantize_blocks(
+            model, streamed, tokens, spec, settings, chosen, stored, digest, folder, work.resumed,
+            how.activations, how.gpu_memory, stage,
+        )  # fmt: skip
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(p.to(stored))
+    model.eval()
+    result.layers = layer_errors(before, model) if streamed is None else streamed.layers
+    result.blocks = found.rows
+    result.notes += [*found.notes, memory]
+    return report
+
+
 def _finish(
     config: QuantizeConfig,
     spec: QuantSpec,
@@ -260,14 +315,21 @@ def _finish(
     work.publish(checkpoint)
 
 
-def _measure(work: Work, model: nn.Module, text: EvaluationText, who: str, digest: str, clock: Clock) -> float:
+def _measure(
+    work: Work, model: nn.Module | Streamed, text: EvaluationText, who: str, digest: str, clock: Clock
+) -> float:
     """Perplexity of one text, from the finished evaluations where it is there."""
-    p = next(model.parameters())
+    p = next((model.model if isinstance(model, Streamed) else model).parameters())
     key = f"{who} {digest} {tensor_digest(text.windows)} {p.dtype} {p.device.type}"
     key = hashlib.sha256(key.encode()).hexdigest()
     with clock(f"evaluate {who} on {Path(text.source).name}") as stage:
         if key not in work.evaluations:
-            work.remember(key, perplexity(model, text.windows, batch_for(text.windows), stage))
+            batch = batch_for(text.windows)
+            if isinstance(model, Streamed):
+                value = model.perplexity(text.windows, batch, "host", work.path)
+            else:
+                value = perplexity(model, text.windows, batch, stage)
+            work.remember(key, value)
     return work.evaluations[key]
 
 
@@ -280,6 +342,12 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
     chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     return KDConfig(**fields, **chosen, loss=loss, rule=config.range, seed=config.seed)
+
+
+def blockwise_settings(config: QuantizeConfig) -> Settings:
+    """The recipe's settings of a run; what pydantic cannot see (a stride that does not divide) is refused here."""
+    elsewhere = {"windows", "seq_len", *FREE_OF_BLOCKWISE}
+    return Settings(**config.blockwise.model_dump(exclude=elsewhere), seed=config.seed)
 
 
 def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> None:
@@ -297,9 +365,10 @@ def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> 
 
 
 def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: QuantizeConfig) -> Tensor:
-    if config.recipe == "gptq":
-        length = window_length(model, config.gptq.seq_len, "gptq.seq_len")
-        return windows(tokenizer, text, length, config.gptq.windows, str(config.calibration))
+    if config.recipe in ("gptq", "blockwise"):
+        how = config.gptq if config.recipe == "gptq" else config.blockwise
+        length = window_length(model, how.seq_len, f"{config.recipe}.seq_len")
+        return windows(tokenizer, text, length, how.windows, str(config.calibration))
     context = getattr(model.config, "max_position_embeddings", None)
     if context and config.kd.seq_len > context:
         raise ValueError(f"kd.seq_len={config.kd.seq_len} is longer than the model's context of {context} tokens")
@@ -309,7 +378,7 @@ def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: Quant
 def _check_disk(config: QuantizeConfig, model: nn.Module) -> None:
     """Room for the checkpoint and, in training, for weights, optimizer and their replacement."""
     parameters = sum(p.numel() for p in model.parameters())
-    need = parameters * (2 if config.recipe == "rtn" else 2 + 2 * 12)
+    need = parameters * (2 + 2 * 12 if config.recipe == "kd-qat" else 4 if config.recipe == "blockwise" else 2)
     folder = next(p for p in (config.out.parent, *config.out.parent.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < need:

@@ -60,6 +60,12 @@ def cost_lines(result: Mapping[str, Any]) -> list[str]:
             f"Perplexity on {Path(row['text']).name} went from {row['fp']:.3f} to {row['quantized']:.3f} "
             f"({change(row['fp'], row['quantized'])})."
         )
+    if trained := [row for row in result.get("blocks", []) if row["steps"] and row["before"]]:
+        shares = sorted(row["best"] / row["before"] for row in trained)
+        lines.append(
+            f"Training brought the error of held-out windows down to {100 * shares[len(shares) // 2]:.0f} % of what it was at "
+            f"its start (the median of {len(shares)} windows of blocks, {100 * shares[0]:.0f} % to {100 * shares[-1]:.0f} %)."
+        )
     if result["layers"]:
         worst = max(result["layers"], key=lambda row: row["relative_error"])
         lines.append(

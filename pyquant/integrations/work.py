@@ -7,15 +7,17 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pyquant.integrations.config import QuantizeConfig
 from pyquant.integrations.files import write_atomic
 
-STATE, EVALUATIONS, TRAINER = "state.json", "evaluations.json", "trainer"
+if TYPE_CHECKING:  # pydantic is only needed where a configuration is read
+    from pyquant.integrations.config import QuantizeConfig
+
+STATE, EVALUATIONS, TRAINER, BLOCKS = "state.json", "evaluations.json", "trainer", "blocks"
 
 
 class Work:
@@ -68,7 +70,8 @@ class Work:
 
     def close_after_failure(self) -> bool:
         """Drop the folder unless it holds something that a resumed run would use; returns whether it was kept."""
-        worth = (self.path / EVALUATIONS).is_file() or any((self.path / TRAINER).glob("checkpoint-*"))
+        found = [*(self.path / TRAINER).glob("checkpoint-*"), *(self.path / BLOCKS).glob("window-*.safetensors")]
+        worth = (self.path / EVALUATIONS).is_file() or bool(found)
         shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
         if not worth:
             shutil.rmtree(self.path, ignore_errors=True)

@@ -6,6 +6,7 @@
 RECIPES = {
     "rtn": "round to nearest, ranges from the weights alone (min-max, or clipped for the least squared error); seconds",
     "gptq": "round column by column, the rest makes up for the error; needs some text and minutes",
+    "blockwise": "train roundings and ranges block by block, jointly or against later blocks; needs text and minutes",
     "kd-qat": "train weights and scales through the quantizer against the full-precision teacher; needs text and time",
 }
 

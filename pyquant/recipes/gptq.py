@@ -81,6 +81,7 @@ def gptq_weight(
     spec: QuantSpec,
     act_order: bool = True,
     damp: float = 0.01,
+    moved: Tensor | None = None,
 ) -> Tensor:
     """The rounded weight w_hat.
 
@@ -91,6 +92,7 @@ def gptq_weight(
         spec: bits, group size, symmetry.
         act_order: visit the columns with the largest inputs first.
         damp: share of the mean of diag(H) that is added to it.
+        moved: fp32 ``[N, K]``, filled with each column as it was when it was rounded: rounding it to nearest gives w_hat.
 
     Returns:
         w_hat fp32 ``[N, K]``, every value on the grid of its group.
@@ -112,17 +114,83 @@ def gptq_weight(
     for begin in range(0, k, COLUMNS):
         end = min(begin + COLUMNS, k)
         errors = torch.empty(n, end - begin, device=w.device)
-        for i in range(begin, end):
-            column = w[:, i : i + 1]
-            z = None if zeros is None else zeros[:, i : i + 1]
-            w_hat[:, i : i + 1] = reference.fake_quant(column, scales[:, i : i + 1], z, -1, spec.bits)
-            error = (column - w_hat[:, i : i + 1]) / upper[i, i]
-            errors[:, i - begin] = error[:, 0]
-            w[:, i + 1 : end] -= error * upper[i, i + 1 : end]
+        part = slice(begin, end)
+        z = None if zeros is None else zeros[:, part]
+        columns(w[:, part], w_hat[:, part], errors, scales[:, part], z, upper[part, part], spec.bits)
         w[:, end:] -= errors @ upper[begin:end, end:]
     out = torch.empty_like(w_hat)
     out[:, order] = w_hat
+    if moved is not None:
+        moved[:, order] = w  # a column is not touched after it was rounded
     return out
+
+
+def _columns(
+    w: Tensor, w_hat: Tensor, errors: Tensor, scales: Tensor, zeros: Tensor | None, upper: Tensor, bits: int
+) -> None:
+    """Round the columns of w ``[N, C]`` one by one into w_hat, moving those to the right; errors over diag(U)."""
+    for i in range(w.shape[1]):
+        column = w[:, i : i + 1]
+        z = None if zeros is None else zeros[:, i : i + 1]
+        w_hat[:, i : i + 1] = reference.fake_quant(column, scales[:, i : i + 1], z, -1, bits)
+        error = (column - w_hat[:, i : i + 1]) / upper[i, i]
+        errors[:, i] = error[:, 0]
+        w[:, i + 1 :] -= error * upper[i, i + 1 :]
+
+
+class _Captured:
+    """:func:`_columns` as one CUDA graph for a shape: a hundred columns are a thousand launches, one replay here."""
+
+    def __init__(self, n: int, count: int, zero: bool, bits: int, device: torch.device) -> None:
+        def make(*shape: int) -> Tensor:
+            return torch.ones(*shape, device=device)
+
+        self.tensors = [make(n, count), make(n, count), make(n, count), make(n, count)]
+        self.zeros = make(n, count) if zero else None
+        self.upper = torch.eye(count, device=device)
+
+        def work() -> None:
+            w, w_hat, errors, scales = self.tensors
+            _columns(w, w_hat, errors, scales, self.zeros, self.upper, bits)
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            work()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            work()
+
+    def __call__(
+        self, w: Tensor, w_hat: Tensor, errors: Tensor, scales: Tensor, zeros: Tensor | None, upper: Tensor
+    ) -> None:
+        mine = self.tensors
+        mine[0].copy_(w)
+        mine[3].copy_(scales)
+        self.upper.copy_(upper)
+        if self.zeros is not None and zeros is not None:
+            self.zeros.copy_(zeros)
+        self.graph.replay()
+        w.copy_(mine[0])
+        w_hat.copy_(mine[1])
+        errors.copy_(mine[2])
+
+
+_GRAPHS: dict[tuple[int, int, bool, int, torch.device], _Captured] = {}
+_GRAPH_BYTES = 1 << 26  # larger matrices keep the GPU busy without a graph
+
+
+def columns(
+    w: Tensor, w_hat: Tensor, errors: Tensor, scales: Tensor, zeros: Tensor | None, upper: Tensor, bits: int
+) -> None:
+    """:func:`_columns`, on a GPU replayed from a graph."""
+    if w.device.type != "cuda" or w.numel() * 4 > _GRAPH_BYTES:
+        return _columns(w, w_hat, errors, scales, zeros, upper, bits)
+    key = (w.shape[0], w.shape[1], zeros is not None, bits, w.device)
+    if key not in _GRAPHS:
+        _GRAPHS[key] = _Captured(w.shape[0], w.shape[1], zeros is not None, bits, w.device)
+    _GRAPHS[key](w, w_hat, errors, scales, zeros, upper)
 
 
 def gptq(
