@@ -250,6 +250,7 @@ __global__ void __launch_bounds__(Config<BN>::kThreads, Config<BN>::kBlocks)
             if (p.per_channel && strip < p.strips) take_scale(scale + n0, zero ? zero + n0 : nullptr);
             int held = -1;  // the stage that running products still read
             const auto release = [&](int next) {
+                __syncwarp();  // every lane has read its part of the stage
                 if (held >= 0 && lane == 0) ptx::barrier_arrive(&shared.empty[held]);
                 held = next;
             };
