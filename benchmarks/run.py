@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.timing import copies_for, graph_us, meta
+from benchmarks.timing import chain_us, copies_for, graph_us, meta
 from pyquant import reference
 from pyquant.ops import fake_quant
 
-SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # (K, N)
-TOKENS = [1, 4, 16, 32, 64, 128, 256, 1024, 4096]
+SHAPES = [(4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # (K, N)
+TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 GROUP = 128
 # Error of a correct result: rounding y to bf16 costs 2^-9 of each element in the worst case, half of that RMS.
 GATE = 2.0**-8
 
 
 def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tuple[int, int]]) -> list[dict]:
-    """linear_w4a16 (bf16, group 128, symmetric) at every (K, N) and M, with its peers."""
-    rows = []
+    """linear_w4a16 (bf16, group 128, symmetric) at every (K, N) and M, with its peers, each in a chain of calls."""
+    rows: list[dict] = []
     for k, n in shapes:
         copies = copies_for(n * k // 2, most=32)
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5 for _ in range(copies)]
@@ -47,7 +47,8 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
             for name, layers in made.items():
                 if name == "tinygemm" and m > 256:
                     continue  # grows with M: milliseconds that say nothing new
-                times[name] = graph_us([lambda f=f, x=x: f(x) for f in layers])
+                calls = max(16, copies) if m <= 256 else 4
+                times[name] = chain_us(layers, x, calls, hand_on=name != "tinygemm")
             for name, us in times.items():
                 rows.append(
                     {

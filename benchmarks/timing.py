@@ -41,6 +41,37 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
     return statistics.median(times)
 
 
+def chain_us(
+    layers: Sequence[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, calls: int, hand_on: bool
+) -> float:
+    """Microseconds a call in a chain, as the products of a decode step stand in one.
+
+    Each call has another weight, so that weights come from memory, and takes what the one before returned: its first K
+    columns. Where a call returns fewer, or ``hand_on`` is False, each takes x, and the stream alone keeps the order: a
+    kernel that starts early waits for the one ahead of it all the same.
+
+    Args:
+        layers: ``[M, K] -> [M, N]`` with weights of their own, used in turn, that keep values near the size of x's.
+        x: ``[M, K]``, the first input.
+        calls: length of the chain.
+        hand_on: whether results become inputs; a peer that takes no row stride cannot be handed a part of wider rows.
+
+    Raises:
+        RuntimeError: when the chain ends in numbers far from x's size, or not finite: such a time says nothing.
+    """
+    k, results = x.shape[1], {}
+
+    def link(i: int) -> None:
+        before = results.get("y") if i and hand_on else None
+        results["y"] = layers[i % len(layers)](x if before is None or before.shape[1] < k else before[:, :k])
+
+    us = graph_us([lambda i=i: link(i) for i in range(calls)])
+    size = float(results["y"].float().square().mean().sqrt())
+    if not 1e-2 < size < 1e2:
+        raise RuntimeError(f"a chain of {calls} calls ends in values of size {size}")
+    return us
+
+
 def copies_for(bytes_each: int, most: int = 64) -> int:
     """How many copies of a weight make a cold rotation."""
     return max(2, min(most, -(-COLD_BYTES // max(1, bytes_each))))
