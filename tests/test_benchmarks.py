@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import plots
 from benchmarks.tables import end_to_end
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,8 +34,16 @@ def test_results_name_machine_and_commit(path):
 def test_linear_is_faster_than_cublas_for_one_token():
     rows = json.loads((ROOT / "benchmarks/results/h200/linear.json").read_text())["rows"]
     single = [r for r in rows if r["impl"] == "pyquant" and r["M"] == 1]
-    assert len(single) == 5
+    assert len(single) == 6
     assert all(r["us"] < r["baseline_us"] for r in single)
+
+
+def test_the_picture_is_that_of_the_results():
+    folder = ROOT / "benchmarks/results/h200"
+    found = json.loads((folder / "linear.json").read_text())
+    assert plots.draw(found) == (folder / "linear.svg").read_text(), "run python -m benchmarks.plots"
+    found["rows"][0]["us"] *= 2
+    assert plots.draw(found) != (folder / "linear.svg").read_text()
 
 
 def test_end_to_end_table():
