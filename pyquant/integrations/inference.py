@@ -45,8 +45,8 @@ def prepare_for_inference(model: nn.Module, lm_head_bits: int = 16) -> nn.Module
     Args:
         model: Llama, Qwen2, Qwen3 or Mistral of transformers, its linear layers :class:`~pyquant.QLinear` or ``nn.Linear``, on
             one device. Anything else is left as it is, with one line in the log that says why.
-        lm_head_bits: 16 uses the head as it is; 4 rounds a copy of it to 4 bits in groups of 128, which saves a fifth of a
-            step of an 8B model at one sequence and costs some accuracy.
+        lm_head_bits: 16 uses the head as it is; 4 rounds a copy of it to 4 bits in groups of 128, which saves about 0.2 ms a
+            step of an 8B model on an H200 and costs some accuracy.
 
     Returns:
         the model.
