@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(Config<BN>::kThreads, Config<BN>::kBlocks)
     wgmma_kernel(const __grid_constant__ CUtensorMap x_map, const unsigned char* __restrict__ qweight,
                  const T* __restrict__ scale, const uint8_t* __restrict__ zero, const T* __restrict__ bias,
                  T* __restrict__ y, unsigned char* __restrict__ workspace, const Problem p) {
-#if __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // on other GPUs linear.cu never launches it
     using C = Config<BN>;
     extern __shared__ __align__(1024) unsigned char memory[];
     using S = Shared<T, BN, GROUP>;

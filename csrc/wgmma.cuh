@@ -10,7 +10,7 @@
 
 namespace pyquant::ptx {
 
-#if __CUDA_ARCH__ >= 900
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // sm_90a alone knows these instructions
 
 #define PYQUANT_D4(i)  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PYQUANT_D16(i) PYQUANT_D4(i), PYQUANT_D4(i + 4), PYQUANT_D4(i + 8), PYQUANT_D4(i + 12)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import pyquant
 from pyquant import doctor
 
+ROOT = Path(__file__).resolve().parents[1]
 HAS_EXTENSION = importlib.util.find_spec("pyquant._C") is not None
 
 
@@ -129,3 +131,20 @@ def test_doctor_imports_nothing_heavy():
     code = "import sys; from pyquant import doctor; doctor.report(); print('transformers' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert ran.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("source", ["linear_wgmma_bf16", "sample", "norm"])
+def test_later_gpus_can_assemble_what_hopper_has_of_its_own(source, tmp_path):
+    """A plain build carries PTX for Blackwell that nothing assembles before it is loaded there: one instruction of sm_90a
+    alone would take the whole module with it."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    if "sm_100" not in known:
+        pytest.skip("this nvcc does not know sm_100")
+    done = subprocess.run(
+        [nvcc, "-std=c++17", "-gencode=arch=compute_100,code=sm_100", "-c", f"csrc/{source}.cu", "-o", tmp_path / "x.o"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
