@@ -122,7 +122,7 @@ def end_to_end(found: dict | None = None) -> str:
 def arms(model: str, texts: tuple[str, ...] = ("books", "wikitext2", "tinystories")) -> str:
     """Every format and arm of ``benchmarks.ptq`` (and of ``benchmarks.peers_ptq``, where its file is there): means over
     seeds with half of the 95 % interval."""
-    found = _load(f"h200/ptq-{model}.json")
+    found = _load(next(p for p in (f"h200/ptq-{model}.json", f"cpu/ptq-{model}.json") if (RESULTS / p).is_file()))
     rows = list(found["rows"])
     if (RESULTS / f"h200/peers-{model}.json").is_file():
         rows += _load(f"h200/peers-{model}.json")["rows"]
