@@ -31,7 +31,6 @@ struct Magic;
 template <>
 struct Magic<__nv_bfloat16> {
     static constexpr uint32_t kBits = 0x43004300;  // 128, twice: 7 mantissa bits, step 1 in [128, 256)
-    static constexpr uint32_t kOnes = 0x3f803f80;  // 1, twice
     static constexpr float kBase = 128.0f;
     // The two values of a pair, as floats.
     static __device__ __forceinline__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
@@ -40,7 +39,6 @@ struct Magic<__nv_bfloat16> {
 template <>
 struct Magic<__half> {
     static constexpr uint32_t kBits = 0x64006400;  // 1024, twice: 10 mantissa bits, step 1 in [1024, 2048)
-    static constexpr uint32_t kOnes = 0x3c003c00;
     static constexpr float kBase = 1024.0f;
     static __device__ __forceinline__ float low(uint32_t pair) {
         return __low2float(reinterpret_cast<const __half2&>(pair));
@@ -86,14 +84,7 @@ __device__ __forceinline__ uint32_t offset2(int zero) {
     return bits | bits << 16;
 }
 
-// One word of the tiled order to the A fragment of m16n8k16, as base + code.
-template <typename T>
-__device__ __forceinline__ void word_to_magic(uint32_t (&a)[4], uint32_t word) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) a[j] = ptx::and_or(word >> (4 * j), 0x000f000f, Magic<T>::kBits);
-}
-
-// The same as the integers code - zero (at most 15: exact in 16
+// One word of the tiled order to the A fragment of m16n8k16, as the integers code - zero (at most 15: exact in 16
 // bits). offset[h] = offset2(zero of row g + 8 h).
 template <typename T>
 __device__ __forceinline__ void word_to_fragment(uint32_t (&a)[4], uint32_t word, const uint32_t (&offset)[2]) {

@@ -14,8 +14,8 @@
 //
 //              pairs of units (128 columns) ->             a block owns whole rows where it can: no sum leaves it
 //   tile 0     w0  w1  w2 .. w15 w0  w1 ..                 16 warps share the columns, a pair each in turn, and each
-//   tile 1     w0  w1  w2 .. w15 w0  w1 ..                 converts the x of its own pairs: no barrier until the end,
-//   then the next two tiles of the block                   where partial sums of the warps meet in shared memory
+//   tile 1     w0  w1  w2 .. w15 w0  w1 ..                 converts the x of its own pairs: they meet only where
+//   then the next two tiles of the block                   the partial sums of two tiles are added up
 //
 // Built for a chain of calls. The grid is one block a multiprocessor with half of its shared memory and registers, so
 // that the next kernel's blocks move in beside the running ones (programmatic launch) and fill their rings of weights
@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
 #endif
 
-    // ---- what is fetched next: pair `ahead` of tiles `ahead_tile`, `ahead_tile` + 1 of this block
-    // --------------------
+    // ---- what is fetched next: pair `ahead` of tiles `ahead_tile`, `ahead_tile` + 1 of this block ----
     int ahead = begin + warp, ahead_tile = ahead < end ? 0 : tiles;
     const uint4* weight_at[kTiles];  // of pair `ahead`
     uint32_t scale_at[kTiles];       // of column 0

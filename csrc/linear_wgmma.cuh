@@ -6,9 +6,10 @@
 //
 //   BN tokens   x tile, K-major, 128-byte swizzle: the B operand, in shared memory, read by both warpgroups
 //
-// One warp (a warpgroup for BN = 256, whose registers the others take) copies: weights and scales in linear pieces, x
-// through a tensor map, both onto one mbarrier a stage. The weights of the first stages are on their way before the
-// predecessor in the stream has ended (programmatic launch); x waits for it.
+// Three warps copy (of a warpgroup for BN = 256, whose registers the others take): one a strip, weights and scales in
+// linear pieces, and one for x through a tensor map, all onto one mbarrier a stage. A single thread could not keep up.
+// The weights of the first stages are on their way before the predecessor in the stream has ended (programmatic
+// launch); x waits for it.
 //
 // Work is (tile, stage of K) pairs in a line. With many tiles the blocks stay and take whole tiles in turn, so that the
 // copies for the next tile run while this one is written. With few, each block takes an equal piece of the line

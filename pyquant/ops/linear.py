@@ -177,6 +177,9 @@ def linear_w4a16(
 ) -> Tensor:
     """``y = x @ w_hat.T + bias`` straight from the 4-bit weight; accumulation in fp32.
 
+    The CUDA kernel for up to 4 tokens takes x as 16-bit fixed point within 128 columns (off by at most 2^-15 of the largest of
+    them) and the weight as it is; a NaN or infinity makes its whole token NaN. Above 16 tokens w_hat is rounded to x's dtype.
+
     Differentiable in x and bias. The weight is frozen: codes, scales and zeros get no gradient (to train them, see
     :func:`pyquant.fake_quant` and :func:`pyquant.dequantize_int4`).
 
