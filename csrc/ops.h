@@ -82,6 +82,31 @@ void rope_append(const AttentionArguments& a, const void* cos, const void* sin, 
 void attention_decode(const AttentionArguments& a, const void* cos, const void* sin, void* out, float scaling,
                       int64_t window, bool early, cudaStream_t stream);
 
+// q and out [batch, tokens, heads, head_size], out contiguous, lse fp32 [batch, tokens, heads] or null; the cache as
+// pyquant/formats/kv4.py says, prompt_batch_stride 0 for one prompt of the whole batch. workspace:
+// attention_kv4_workspace() bytes, zero before its first use and used by one launch at a time. early: nothing but q is
+// written by the kernel ahead in the stream.
+struct Kv4Arguments {
+    const void* q;
+    int64_t q_batch_stride, q_token_stride;
+    int dtype;
+    const void* prompt;
+    int64_t prompt_batch_stride, prompt_tiles;
+    const void* pages;
+    int64_t page_capacity;
+    const void* window;
+    int64_t ring_tiles;
+    const int* segments;
+    void* out;
+    float* lse;
+    void* workspace;
+    float scaling, softcap;
+    int64_t batch, tokens, heads, kv_heads, head_size;
+    bool early;
+};
+int64_t attention_kv4_workspace(int64_t batch, int64_t kv_heads, int64_t head_size, int multiprocessors);
+void attention_kv4(const Kv4Arguments& a, cudaStream_t stream);
+
 // What greedy_append updates: csrc/sample.cu says how. eos null: sequences do not end.
 struct GreedyState {
     int64_t* tokens;

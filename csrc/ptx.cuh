@@ -80,6 +80,14 @@ __device__ __forceinline__ void named_barrier(int id, int count) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
+// One more at a counter in global memory; how many came before. What this thread, and those that it met at a barrier,
+// wrote before is visible to whoever comes later.
+__device__ __forceinline__ unsigned count_arrival(unsigned* counter) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 #if __CUDA_ARCH__ >= 900
 // ---- mbarrier: counts arrivals and the bytes that background copies have brought
 // -------------------------------------
