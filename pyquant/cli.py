@@ -300,31 +300,6 @@ Dtype = Annotated[str, typer.Option(help="Arithmetic: auto|float32|bfloat16|floa
 
 
 @command
-def eval_(
-    model: Annotated[str, typer.Argument(help="Folder of a full-precision or quantized model.")],
-    text: Annotated[list[str], typer.Argument(help="Texts: files, folders or data set names.")],
-    windows: Annotated[int | None, typer.Option(help="Windows of each text; all by default.")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens in a window; the context, at most 2048, by default.")
-    ] = None,
-    skip_chars: Annotated[int, typer.Option(help="Characters of each text to skip.")] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Perplexity of a model on texts."""
-    from pyquant.integrations.commands import evaluate
-
-    with Progress() as progress:
-        result = evaluate(model, text, length, windows, skip_chars, device, dtype, progress)
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-        return
-    rows = [[Path(r["text"]).name, f"{r['windows']} x {r['length']}", f"{r['perplexity']:.3f}"] for r in result["rows"]]
-    table(["text", "windows", "perplexity"], rows)
-
-
-@command
 def generate(
     model: Annotated[str, typer.Argument(help="Folder of a full-precision or quantized model.")],
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
@@ -420,7 +395,7 @@ def demo(
     typer.echo(f"\n{out}/report.html has the details.")
 
 
-from pyquant import cli_ablate, cli_analyze  # noqa: E402, F401 (register their commands)
+from pyquant import cli_ablate, cli_analyze, cli_eval  # noqa: E402, F401 (register their commands)
 
 
 def main() -> None:
