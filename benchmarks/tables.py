@@ -187,6 +187,18 @@ def signal_tests() -> str:
     return about + "\n\n" + _table(["test", "holds", "means over seeds"], cells)
 
 
+def signal_losses() -> str:
+    """Losses on the probe of each arm of ``benchmarks.signals``."""
+    cells = []
+    for row in _measured("signals")["rows"]:
+        values = [row["loss"][key] for key in ("kl", "ce")]
+        shown = [f"{v['mean']:.4f}" + ("" if v["half"] is None else f" ± {v['half']:.4f}") for v in values]
+        cells.append([row["arm"], *shown])
+    return "Nats a token, mean over seeds ± half of the 95 % interval.\n\n" + _table(
+        ["arm", "KL to full precision", "cross entropy"], cells
+    )
+
+
 def tasks() -> str:
     """Scores of full precision and of W4 on the local task sets, from ``benchmarks.tasks``."""
     found = _measured("tasks")
@@ -219,6 +231,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "end_to_end": end_to_end,
     "signals": signals,
     "signal_tests": signal_tests,
+    "signal_losses": signal_losses,
     "tasks": tasks,
 }
 TABLES |= {"arms_28m": partial(arms, "classics-llama-28m"), "arms_260k": partial(arms, "stories260K")}
