@@ -9,6 +9,7 @@ from tiny import learnable_tokens, tiny_llama
 from trained import make_tiny_model, tiny_text
 from typer.testing import CliRunner
 
+from benchmarks.signals import summarize
 from pyquant.analysis.signal import gradients, projections
 from pyquant.cli import app
 from pyquant.integrations.commands import load_any
@@ -109,6 +110,23 @@ def test_what_is_printed_and_written(ran, work):
     }
     columns, cells = signal_table(held["rows"])
     assert len(cells) == 7 * 6 and all(len(line) == len(columns) for line in cells)
+
+
+def test_the_summary_of_the_benchmark(ran):
+    _, held = ran
+    found = summarize(held, {"commit": "c"})
+    assert [row["arm"] for row in found["rows"]] == [*ARMS, "w3"]
+    ptq = [r for r in held["rows"] if r["arm"] == "ptq"]
+    kl = sum(r["loss"]["kl"] for r in ptq) / 2
+    assert found["rows"][1]["loss"]["kl"]["mean"] == pytest.approx(kl)
+    snr = [layer["snr_db"] for r in ptq for layer in r["layers"] if layer["kind"] == "v_proj"]
+    assert found["rows"][1]["kinds"]["v_proj"]["snr_db"] == pytest.approx(sum(snr) / len(snr), rel=1e-4)
+    spikes = [
+        max(v for n, v in r["spikes"].items() if n.endswith("v_proj")) for r in held["rows"] if r["arm"] == "kd-qat"
+    ]
+    assert found["rows"][3]["kinds"]["v_proj"]["spike"] == pytest.approx(sum(spikes) / 2)
+    assert found["rows"][0]["kinds"]["v_proj"]["spike"] is None
+    assert len(found["tests"]) == 9 and found["overall"] in found["conclusions"]
 
 
 def test_it_goes_on_where_it_stopped(ran, work):

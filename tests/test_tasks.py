@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -254,6 +256,12 @@ def test_compare(harness, results, work):
 )
 def test_refusals(harness, args, sentence):
     assert sentence in pyquant("eval", *args, code=1).stderr
+
+
+def test_the_harness_is_imported_in_one_file():
+    root = Path(__file__).resolve().parents[1] / "pyquant"
+    pattern = re.compile(r"^ +(from|import) lm_eval", re.MULTILINE)
+    assert [p.name for p in root.rglob("*.py") if pattern.search(p.read_text())] == ["harness.py"]
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch, tmp_path):
