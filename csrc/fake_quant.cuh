@@ -118,6 +118,8 @@ __device__ __forceinline__ Group make_group(float scale, float zero, Range range
     p.divisor = scale == 0.0f ? 1.0f : scale * p.factor;
     float r = rcp(p.divisor);
     r = fmaf(fmaf(-p.divisor, r, 1.0f), r, r);
+    // A mantissa of ones: of the two floats around the reciprocal the upper one, from which rest is exact.
+    if ((__float_as_uint(p.divisor) & 0x7fffff) == 0x7fffff) r = __uint_as_float(__float_as_uint(r) | 1);
     const float e = fmaf(-p.divisor, r, 1.0f);
     p.r = r;
     p.rest = fmaf(e, e, e) * r;  // 1 / divisor = r / (1 - e) = r (1 + e + e^2 + ..)
