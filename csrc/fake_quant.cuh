@@ -10,8 +10,14 @@
 //   clamp   e = y - half (beyond the edge: e > 0)     g = gate(-e)      c = half + e g      c' = g + e gate'(-e) (-1)
 //   round   d = c - rint(c)                            f' of c depends on |d| alone
 //
-// This takes the gate of the far edge for 1, which holds to 2^-22 where beta * half > 15; other calls run the full
-// formulas (fake_quant_any.cuh).
+// This takes the gate of the far edge for 1, which changes a slope by less than 2^-17 where beta * half >= 15; other
+// calls run the full formulas (AnySurrogate).
+//
+// Memory bounds the exact forward (2 x sizeof(T) an element) and the backward of LSQ (3 x); the soft backward issues
+// about 29 instructions an element and is bound by these as much. Tried and lost: saving q or the slope for the
+// backward (more bytes than the arithmetic costs), IEEE division (a third of all instructions), exp and a reciprocal in
+// the place of tanh.approx (twice the MUFU, 15 % slower, for digits that the 16-bit gradient drops), limits in fp32,
+// FRND and I2F for rounding (a sixteenth rate: adding 1.5 * 2^23 is two FADD), cache hints (nothing).
 #pragma once
 
 #include "dequant.cuh"
@@ -153,7 +159,7 @@ __device__ __forceinline__ void logistic(float h, float scale, float& g, float& 
 template <typename T>
 __device__ __forceinline__ float margin_of(int clamp, float beta) {
     const float least = kPairs<T> ? 0.25f : 0x1p-10f;
-    return clamp == kHard ? least : fmaxf(20.0f / beta, least);
+    return clamp == kHard ? least : fmaxf(20.0f * rcp(beta), least);
 }
 
 // 1 - tanh(h)^2, and where it is wanted tanh(h).
@@ -187,12 +193,15 @@ struct Surrogate {
             const float t = *c.temperature;
             t2 = 0.5f * t;
             norm = 0.25f * t;
-            if constexpr (ROUND == kSigmoidB) norm /= tanhf(0.25f * t);
+            if constexpr (ROUND == kSigmoidB) {  // over tanh(t / 4); every thread does this, tanhf would be felt
+                const float e = ex2(t * -0.72134752f);
+                norm *= (1.0f + e) * rcp(1.0f - e);
+            }
         }
         if constexpr (CLAMP == kSigmoid) {
             a = 0.5f * c.beta;  // h = beta e / 2
             b = half * a;
-            per = 1.0f / (a * norm);
+            per = rcp(a * norm);
         }
     }
     __device__ __forceinline__ bool soft() const { return kSoft; }
@@ -221,7 +230,7 @@ struct Surrogate {
                 bell += sech2<kApprox>(t2 - fabsf(argument), SOFT ? &far : nullptr);
                 if constexpr (SOFT) y = n + copysignf(0.5f + 0.5f * (fabsf(near) - far), away);
             } else if constexpr (SOFT) {
-                y = fmaf(near, norm / t2, n);  // norm / t2 = 1 / (2 tanh(t / 4))
+                y = fmaf(near, norm * rcp(t2), n);  // norm / t2 = 1 / (2 tanh(t / 4))
             }
             slope *= bell;
             if constexpr (SOFT) *value = copysignf(y, v + offset) - offset;
@@ -341,35 +350,31 @@ __device__ __forceinline__ Vector<T, VEC> narrow(const float (&from)[VEC]) {
     return to;
 }
 
-// The weights of a vector, limited to the range that matters, as floats.
-template <typename T, int VEC>
+// The weights of a vector, limited to the range that matters, as floats. SPECIAL serves every group, the other form
+// those that are not special.
+template <bool SPECIAL, typename T, int VEC>
 __device__ __forceinline__ void limit(Vector<T, VEC> raw, const Group& p, float (&w)[VEC]) {
-    if constexpr (kPairs<T> && VEC % 2 == 0) {
-        if (!p.special) {
-            __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&raw);
-            const __nv_bfloat162 low = reinterpret_cast<const __nv_bfloat162&>(p.low2);
-            const __nv_bfloat162 high = reinterpret_cast<const __nv_bfloat162&>(p.high2);
+    if constexpr (!SPECIAL && kPairs<T> && VEC % 2 == 0) {
+        __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&raw);
+        const __nv_bfloat162 low = reinterpret_cast<const __nv_bfloat162&>(p.low2);
+        const __nv_bfloat162 high = reinterpret_cast<const __nv_bfloat162&>(p.high2);
 #pragma unroll
-            for (int i = 0; i < VEC / 2; ++i) pairs[i] = __hmin2_nan(__hmax2_nan(pairs[i], low), high);
-            widen(raw, w);
-            return;
+        for (int i = 0; i < VEC / 2; ++i) pairs[i] = __hmin2_nan(__hmax2_nan(pairs[i], low), high);
+        widen(raw, w);
+    } else {
+        widen(raw, w);
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            w[i] = clamp_nan(w[i], p.w_low, p.w_high);
+            if constexpr (SPECIAL) w[i] *= p.factor;
         }
-    }
-    widen(raw, w);
-#pragma unroll
-    for (int i = 0; i < VEC; ++i) w[i] = clamp_nan(w[i], p.w_low, p.w_high);
-    if (p.factor != 1.0f) {
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) w[i] *= p.factor;
     }
 }
 
-// ------------------------------------------------------------------------------------------------ one vector
-
-template <typename T, int VEC, typename S>
+template <bool SPECIAL, typename T, int VEC, typename S>
 __device__ __forceinline__ Vector<T, VEC> forward_of(const Vector<T, VEC>& raw, const Group& p, const S& s) {
     float v[VEC];
-    limit(raw, p, v);
+    limit<SPECIAL>(raw, p, v);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
         v[i] = quotient<T>(v[i], p);
@@ -384,13 +389,17 @@ __device__ __forceinline__ Vector<T, VEC> forward_of(const Vector<T, VEC>& raw, 
     return narrow<T>(v);
 }
 
-// dw; adds to sum_q and sum_v, whose difference is the gradient of the scale, and with zeros to sum_zero.
-template <typename T, int VEC, typename S>
+// What a backward sums over a group: dscale is q - v, dzero is zero * scale.
+struct Sums {
+    float q = 0.0f, v = 0.0f, zero = 0.0f;
+};
+
+// dw, and its part of the sums.
+template <bool SPECIAL, bool ZEROS, typename T, int VEC, typename S>
 __device__ __forceinline__ Vector<T, VEC> backward_of(const Vector<T, VEC>& raw_w, const Vector<T, VEC>& raw_g,
-                                                      const Group& p, const S& s, bool zeros, float& sum_q,
-                                                      float& sum_v, float& sum_zero) {
+                                                      const Group& p, const S& s, Sums& sums) {
     float v[VEC], g[VEC], d[VEC];
-    limit(raw_w, p, v);
+    limit<SPECIAL>(raw_w, p, v);
     widen(raw_g, g);
 #pragma unroll
     for (int i = 0; i < VEC; ++i) {
@@ -404,12 +413,9 @@ __device__ __forceinline__ Vector<T, VEC> backward_of(const Vector<T, VEC>& raw_
             if (!s.soft()) value = round_even(s.hard() ? v[i] : clamp_nan(v[i], p.low, p.high));
             d[i] = g[i] * slope;
         }
-        sum_q = fmaf(g[i], value, sum_q);
-        sum_v = fmaf(d[i], v[i], sum_v);
-    }
-    if (zeros) {
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) sum_zero += d[i] - g[i];
+        sums.q = fmaf(g[i], value, sums.q);
+        sums.v = fmaf(d[i], v[i], sums.v);
+        if constexpr (ZEROS) sums.zero += d[i] - g[i];
     }
     return narrow<T>(d);
 }
@@ -426,7 +432,6 @@ __global__ void __launch_bounds__(kThreads, MINB) forward_flat(const __grid_cons
     constexpr int VEC = 16 / sizeof(T);
     using V = Vector<T, VEC>;
     const uint32_t bits = 31 - __clz(c.lanes), lane = threadIdx.x & (c.lanes - 1);
-    const S surrogate(c);
     const uint32_t segments = kThreads >> bits, step = gridDim.x * segments;
     uint32_t at = blockIdx.x * segments + (threadIdx.x >> bits);
     if (at >= c.total) return;
@@ -443,12 +448,20 @@ __global__ void __launch_bounds__(kThreads, MINB) forward_flat(const __grid_cons
         for (int u = 0; u < U; ++u) to[u] = load<T, VEC>(w + from + (u << bits) * VEC);
     };
     fetch(raw, at, offset);
+    const S surrogate(c);
     while (true) {
         const Group p = make_group<T>(scale, zero, c.range, surrogate.margin);
         const bool more = c.total - at > step;
         if (PREFETCH && more) fetch(next, at + step, offset + stride);
+        if (!p.special) {
 #pragma unroll
-        for (int u = 0; u < U; ++u) store(out + offset + (u << bits) * VEC, forward_of(raw[u], p, surrogate));
+            for (int u = 0; u < U; ++u) {
+                store(out + offset + (u << bits) * VEC, forward_of<false>(raw[u], p, surrogate));
+            }
+        } else {
+#pragma unroll
+            for (int u = 0; u < U; ++u) store(out + offset + (u << bits) * VEC, forward_of<true>(raw[u], p, surrogate));
+        }
         if (!more) return;
         at += step;
         offset += stride;
@@ -461,25 +474,23 @@ __global__ void __launch_bounds__(kThreads, MINB) forward_flat(const __grid_cons
     }
 }
 
-template <typename T, int U, typename S, int MINB, bool PREFETCH>
+template <typename T, int U, typename S, bool ZEROS, int MINB, bool PREFETCH>
 __global__ void __launch_bounds__(kThreads, MINB) backward_flat(const __grid_constant__ Call c) {
     constexpr int VEC = 16 / sizeof(T);
     using V = Vector<T, VEC>;
     const uint32_t bits = 31 - __clz(c.lanes), lane = threadIdx.x & (c.lanes - 1);
-    const S surrogate(c);
     const uint32_t segments = kThreads >> bits, step = gridDim.x * segments;
     uint32_t at = blockIdx.x * segments + (threadIdx.x >> bits);
     const int64_t stride = static_cast<int64_t>(step) * c.group;
     int64_t offset = static_cast<int64_t>(at) * c.group + lane * VEC;
     const T *w = static_cast<const T*>(c.w), *grad = static_cast<const T*>(c.grad);
     T* dw = static_cast<T*>(c.out);
-    const bool zeros = c.zero != nullptr;
     V raw_w[U], raw_g[U], next_w[U], next_g[U];
     float scale = 1.0f, zero = 0.0f;
     const auto fetch = [&](V(&to_w)[U], V(&to_g)[U], uint32_t segment, int64_t from) {
         if (segment >= c.total) return;
         scale = c.scale[segment];
-        if (zeros) zero = c.zero[segment];
+        if constexpr (ZEROS) zero = c.zero[segment];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             to_w[u] = load<T, VEC>(w + from + (u << bits) * VEC);
@@ -487,26 +498,35 @@ __global__ void __launch_bounds__(kThreads, MINB) backward_flat(const __grid_con
         }
     };
     fetch(raw_w, raw_g, at, offset);
+    const S surrogate(c);
     for (uint32_t first = blockIdx.x * segments; first < c.total;) {  // the same for a whole block: shuffles need all
         const Group p = make_group<T>(scale, zero, c.range, surrogate.margin);
         const bool more = c.total - first > step;
         if (PREFETCH && more) fetch(next_w, next_g, at + step, offset + stride);
-        float sum_q = 0.0f, sum_v = 0.0f, sum_zero = 0.0f;
+        Sums sums;
         if (at < c.total) {
+            if (!p.special) {
 #pragma unroll
-            for (int u = 0; u < U; ++u) {
-                store(dw + offset + (u << bits) * VEC,
-                      backward_of(raw_w[u], raw_g[u], p, surrogate, zeros, sum_q, sum_v, sum_zero));
+                for (int u = 0; u < U; ++u) {
+                    store(dw + offset + (u << bits) * VEC,
+                          backward_of<false, ZEROS>(raw_w[u], raw_g[u], p, surrogate, sums));
+                }
+            } else {
+#pragma unroll
+                for (int u = 0; u < U; ++u) {
+                    store(dw + offset + (u << bits) * VEC,
+                          backward_of<true, ZEROS>(raw_w[u], raw_g[u], p, surrogate, sums));
+                }
             }
         }
-        float sum_scale = sum_q - sum_v;
+        float sum_scale = sums.q - sums.v;
         for (uint32_t o = c.lanes / 2; o > 0; o /= 2) {
             sum_scale += __shfl_xor_sync(0xffffffff, sum_scale, o);
-            if (zeros) sum_zero += __shfl_xor_sync(0xffffffff, sum_zero, o);
+            if constexpr (ZEROS) sums.zero += __shfl_xor_sync(0xffffffff, sums.zero, o);
         }
         if (lane == 0 && at < c.total) {
             c.dscale[at] = c.grad_scale * sum_scale;
-            if (zeros) c.dzero[at] = c.grad_scale * (p.scale * sum_zero);
+            if constexpr (ZEROS) c.dzero[at] = c.grad_scale * (p.scale * sums.zero);
         }
         if (!more) return;
         first += step;
@@ -561,7 +581,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_rows(const __grid_constan
 #pragma unroll
         for (int u = 0; u < U; ++u) {
             const uint32_t i = base + u * c.lanes;
-            if (i < place.vectors) store(out + i * VEC, forward_of(raw[u], p, surrogate));
+            if (i < place.vectors) store(out + i * VEC, forward_of<true>(raw[u], p, surrogate));
         }
     }
 }
@@ -580,7 +600,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const __grid_consta
         const T* grad = static_cast<const T*>(c.grad) + place.row * c.grad_stride + place.first;
         T* dw = static_cast<T*>(c.out) + place.row * c.k + place.first;
         const Group p = make_group<T>(c.scale[at], zeros ? c.zero[at] : 0.0f, c.range, surrogate.margin);
-        float sum_q = 0.0f, sum_v = 0.0f;
+        Sums sums;
         for (uint32_t base = lane; base < place.vectors; base += c.lanes * U) {
             Vector<T, VEC> raw_w[U], raw_g[U];
 #pragma unroll
@@ -595,12 +615,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_rows(const __grid_consta
             for (int u = 0; u < U; ++u) {
                 const uint32_t i = base + u * c.lanes;
                 if (i < place.vectors) {
-                    store(dw + i * VEC, backward_of(raw_w[u], raw_g[u], p, surrogate, zeros, sum_q, sum_v, sum_zero));
+                    store(dw + i * VEC, backward_of<true, true>(raw_w[u], raw_g[u], p, surrogate, sums));
                 }
             }
         }
-        sum_scale = sum_q - sum_v;
-        sum_zero *= p.scale;
+        sum_scale = sums.q - sums.v;
+        sum_zero = p.scale * sums.zero;
     }
     for (uint32_t o = min(c.lanes, 32) / 2; o > 0; o /= 2) {
         sum_scale += __shfl_xor_sync(0xffffffff, sum_scale, o);

@@ -54,8 +54,9 @@ void launch_one(const Call& c, Plan plan, cudaStream_t stream) {
         constexpr int kBlocks = S::kLsq ? 4 : 3;  // of a multiprocessor
         const uint32_t resident = kBlocks * multiprocessors(), full = blocks_for(c);
         const uint32_t blocks = full < resident ? full : resident;
-        plan.backward ? backward_flat<T, kFlatVectors, S, 3, false><<<blocks, kThreads, 0, stream>>>(c)
-                      : forward_flat<T, kFlatVectors, S, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c);
+        plan.backward&& c.zero ? backward_flat<T, kFlatVectors, S, true, 3, false><<<blocks, kThreads, 0, stream>>>(c)
+        : plan.backward        ? backward_flat<T, kFlatVectors, S, false, 3, false><<<blocks, kThreads, 0, stream>>>(c)
+                               : forward_flat<T, kFlatVectors, S, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c);
     } else if constexpr (SOFT) {
         launch_any<T>(c, plan, stream);
     } else {

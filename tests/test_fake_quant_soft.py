@@ -191,6 +191,33 @@ def test_division_is_ieee(backend):
     assert torch.equal(ops.fake_quant(w, scale), reference.fake_quant(w, scale, None, -1, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_codes_at_every_boundary_of_16_bit_weights(backend, dtype):
+    """Weights next to each tie and each edge, scales of bf16 and fp32, and such whose mantissa is ones or nearly so: the
+    kernels multiply by a reciprocal, and must land on the codes, and on the side of the clamp, that division gives."""
+    device = backend[1]
+    ones = (1 << 24) - 1 - torch.arange(64, device=device)
+    mantissas = torch.cat(
+        [
+            ones,
+            (1 << 24) - ones,  # just above a power of two
+            torch.randint(1 << 23, 1 << 24, (256,), device=device),
+            torch.randint(1 << 7, 1 << 8, (256,), device=device) << 16,
+        ]
+    )
+    scale = (mantissas.double() * 2.0**-28).float()[:, None]
+    halves = torch.arange(-17, 18, device=device).double() / 2
+    near = (halves * scale.double()).to(dtype)
+    beside = [(near.view(torch.int16) + step).view(dtype) for step in (-1, 0, 1)]
+    powers = torch.exp2(torch.arange(-8, 3, device=device)).to(dtype).expand(scale.shape[0], -1)
+    w = torch.cat([*(torch.where(near == 0, near, t) for t in beside), powers], 1)
+    got = run(w, scale, None, torch.ones_like(w), FakeQuantCase(*w.shape, -1), MODES[0])
+    assert torch.equal(got[0], reference.fake_quant(w, scale, None, -1, 4))
+    inside = (w.float() / scale >= -8) & (w.float() / scale <= 7)
+    assert torch.equal(got[1], inside.to(dtype))
+    assert 0 < inside.float().mean() < 1
+
+
 def test_nothing_is_saved_but_w_and_the_parameters(backend):
     case = FakeQuantCase(16, 256, 128, symmetric=False)
     made = make_fake_quant(case, torch.bfloat16, backend[1])
