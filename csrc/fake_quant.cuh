@@ -14,10 +14,10 @@
 // calls run the full formulas (AnySurrogate).
 //
 // Memory bounds the exact forward (2 x sizeof(T) an element) and the backward of LSQ (3 x); the soft backward issues
-// about 29 instructions an element and is bound by these as much. Tried and lost: saving q or the slope for the
-// backward (more bytes than the arithmetic costs), IEEE division (a third of all instructions), exp and a reciprocal in
-// the place of tanh.approx (twice the MUFU, 15 % slower, for digits that the 16-bit gradient drops), limits in fp32,
-// FRND and I2F for rounding (a sixteenth rate: adding 1.5 * 2^23 is two FADD), cache hints (nothing).
+// about 29 instructions an element, of the 40 that fit into the time of its bytes, and is bound by both. Nothing is
+// saved but w and the parameters: recomputing costs no byte. Tried and lost, on one H200: exp and a reciprocal in place
+// of tanh.approx (10 to 15 % slower, for digits that a 16-bit gradient drops), loads past L1 and streaming stores
+// (nothing), one vector a thread (15 to 50 % slower), 5 blocks a multiprocessor at the price of spilled registers.
 #pragma once
 
 #include "dequant.cuh"

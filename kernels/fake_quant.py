@@ -10,7 +10,7 @@ over the clamp and u the forward's value in steps (without a zero, z = 0 and the
 
 f and c are those of ``reference.soft_round`` and ``reference.soft_clamp``. NEAR takes one gate of the soft clamp, that of the
 edge on x's side of the middle m, as e = |x - m| - half, c = m + sign(x - m) (half + e g(-e)), c' = g(-e) - e g'(-e): the
-other gate is 1 to 2^-22 where beta * half > 15.
+other gate changes a slope by less than 2^-17 where beta * half >= 15.
 
 Layouts: w and grad ``[N, K]`` any strides; scale and zero ``[N, ceil(K/G)]`` any strides; results contiguous.
 
@@ -233,7 +233,7 @@ def _modes(rounding: str, clamp_name: str, beta: float, soft_forward: bool, code
     return {
         "ROUND": ("ste", "sigmoid-a", "sigmoid-b").index(rounding),
         "CLAMP": ("hard", "sigmoid", "phi").index(clamp_name),
-        "NEAR": clamp_name != "hard" and beta * (codes[1] - codes[0]) / 2 > 15,
+        "NEAR": clamp_name != "hard" and beta * (codes[1] - codes[0]) / 2 >= 15,
         "SOFT": soft_forward and not hard,
     }
 
