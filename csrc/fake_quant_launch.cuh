@@ -47,16 +47,27 @@ void launch_any(const Call& c, Plan plan, cudaStream_t stream) {
               : launch_rows<T, 1, AnySurrogate<T>>(c, plan, stream);
 }
 
+// Blocks of a flat kernel that a multiprocessor holds, which bounds its registers; as many are started, and stay.
+template <typename S, bool BACKWARD>
+constexpr int kResident = S::kLsq && !BACKWARD ? 4 : 3;
+
+template <typename S, bool BACKWARD>
+uint32_t flat_blocks(const Call& c) {
+    const uint32_t resident = kResident<S, BACKWARD> * multiprocessors(), full = blocks_for(c);
+    return full < resident ? full : resident;
+}
+
 template <typename T, int ROUND, int CLAMP, bool SOFT>
 void launch_one(const Call& c, Plan plan, cudaStream_t stream) {
     using S = Surrogate<T, ROUND, CLAMP, SOFT>;
-    if (plan.flat) {
-        constexpr int kBlocks = S::kLsq ? 4 : 3;  // of a multiprocessor
-        const uint32_t resident = kBlocks * multiprocessors(), full = blocks_for(c);
-        const uint32_t blocks = full < resident ? full : resident;
-        plan.backward&& c.zero ? backward_flat<T, kFlatVectors, S, true, 3, false><<<blocks, kThreads, 0, stream>>>(c)
-        : plan.backward        ? backward_flat<T, kFlatVectors, S, false, 3, false><<<blocks, kThreads, 0, stream>>>(c)
-                               : forward_flat<T, kFlatVectors, S, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c);
+    if (plan.flat && plan.backward) {
+        constexpr int kBlocks = kResident<S, true>;
+        const uint32_t blocks = flat_blocks<S, true>(c);
+        c.zero ? backward_flat<T, kFlatVectors, S, true, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c)
+               : backward_flat<T, kFlatVectors, S, false, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c);
+    } else if (plan.flat) {
+        forward_flat<T, kFlatVectors, S, kResident<S, false>, false>
+            <<<flat_blocks<S, false>(c), kThreads, 0, stream>>>(c);
     } else if constexpr (SOFT) {
         launch_any<T>(c, plan, stream);
     } else {
