@@ -66,8 +66,10 @@ void launch_one(const Call& c, Plan plan, cudaStream_t stream) {
         c.zero ? backward_flat<T, kFlatVectors, S, true, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c)
                : backward_flat<T, kFlatVectors, S, false, kBlocks, false><<<blocks, kThreads, 0, stream>>>(c);
     } else if (plan.flat) {
-        forward_flat<T, kFlatVectors, S, kResident<S, false>, false>
-            <<<flat_blocks<S, false>(c), kThreads, 0, stream>>>(c);
+        if constexpr (SOFT || S::kLsq) {  // an exact forward is launched as LSQ's
+            forward_flat<T, kFlatVectors, S, kResident<S, false>, false>
+                <<<flat_blocks<S, false>(c), kThreads, 0, stream>>>(c);
+        }
     } else if constexpr (SOFT) {
         launch_any<T>(c, plan, stream);
     } else {
