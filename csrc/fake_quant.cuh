@@ -15,9 +15,7 @@
 //
 // Memory bounds the exact forward (2 x sizeof(T) an element) and the backward of LSQ (3 x); the soft backward issues
 // about 29 instructions an element, of the 40 that fit into the time of its bytes, and is bound by both. Nothing is
-// saved but w and the parameters: recomputing costs no byte. Tried and lost, on one H200: exp and a reciprocal in place
-// of tanh.approx (10 to 15 % slower, for digits that a 16-bit gradient drops), loads past L1 and streaming stores
-// (nothing), one vector a thread (15 to 50 % slower), 5 blocks a multiprocessor at the price of spilled registers.
+// saved but w and the parameters: recomputing costs no byte. benchmarks/NOTES.md says what was tried.
 #pragma once
 
 #include "dequant.cuh"
@@ -425,122 +423,70 @@ __device__ __forceinline__ Vector<T, VEC> backward_of(const Vector<T, VEC>& raw_
 constexpr int kThreads = 256;
 
 // Rows that follow each other without a gap, in whole groups of lanes * U vectors, so that segment `at` starts at
-// element at * group and no access needs a condition. Blocks stay and walk the segments; with PREFETCH the next segment
-// is on its way while this one is worked on.
-template <typename T, int U, typename S, int MINB, bool PREFETCH>
+// element at * group and no access needs a condition.
+template <typename T, int U, typename S, int MINB>
 __global__ void __launch_bounds__(kThreads, MINB) forward_flat(const __grid_constant__ Call c) {
     constexpr int VEC = 16 / sizeof(T);
-    using V = Vector<T, VEC>;
     const uint32_t bits = 31 - __clz(c.lanes), lane = threadIdx.x & (c.lanes - 1);
-    const uint32_t segments = kThreads >> bits, step = gridDim.x * segments;
-    uint32_t at = blockIdx.x * segments + (threadIdx.x >> bits);
+    const uint32_t at = blockIdx.x * (kThreads >> bits) + (threadIdx.x >> bits);
     if (at >= c.total) return;
-    const int64_t stride = static_cast<int64_t>(step) * c.group;
-    int64_t offset = static_cast<int64_t>(at) * c.group + lane * VEC;
+    const int64_t offset = static_cast<int64_t>(at) * c.group + lane * VEC;
     const T* w = static_cast<const T*>(c.w);
     T* out = static_cast<T*>(c.out);
-    V raw[U], next[U];
-    float scale, zero = 0.0f;
-    const auto fetch = [&](V(&to)[U], uint32_t segment, int64_t from) {
-        scale = c.scale[segment];
-        if (c.zero) zero = c.zero[segment];
+    const float scale = c.scale[at], zero = c.zero ? c.zero[at] : 0.0f;
+    Vector<T, VEC> raw[U];
 #pragma unroll
-        for (int u = 0; u < U; ++u) to[u] = load<T, VEC>(w + from + (u << bits) * VEC);
-    };
-    fetch(raw, at, offset);
+    for (int u = 0; u < U; ++u) raw[u] = load<T, VEC>(w + offset + (u << bits) * VEC);
     const S surrogate(c);
-    while (true) {
-        const Group p = make_group<T>(scale, zero, c.range, surrogate.margin);
-        const bool more = c.total - at > step;
-        if (PREFETCH && more) fetch(next, at + step, offset + stride);
-        if (!p.special) {
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                store(out + offset + (u << bits) * VEC, forward_of<false>(raw[u], p, surrogate));
-            }
-        } else {
-#pragma unroll
-            for (int u = 0; u < U; ++u) store(out + offset + (u << bits) * VEC, forward_of<true>(raw[u], p, surrogate));
-        }
-        if (!more) return;
-        at += step;
-        offset += stride;
-        if constexpr (PREFETCH) {
-#pragma unroll
-            for (int u = 0; u < U; ++u) raw[u] = next[u];
-        } else {
-            fetch(raw, at, offset);
-        }
-    }
-}
-
-template <typename T, int U, typename S, bool ZEROS, int MINB, bool PREFETCH>
-__global__ void __launch_bounds__(kThreads, MINB) backward_flat(const __grid_constant__ Call c) {
-    constexpr int VEC = 16 / sizeof(T);
-    using V = Vector<T, VEC>;
-    const uint32_t bits = 31 - __clz(c.lanes), lane = threadIdx.x & (c.lanes - 1);
-    const uint32_t segments = kThreads >> bits, step = gridDim.x * segments;
-    uint32_t at = blockIdx.x * segments + (threadIdx.x >> bits);
-    const int64_t stride = static_cast<int64_t>(step) * c.group;
-    int64_t offset = static_cast<int64_t>(at) * c.group + lane * VEC;
-    const T *w = static_cast<const T*>(c.w), *grad = static_cast<const T*>(c.grad);
-    T* dw = static_cast<T*>(c.out);
-    V raw_w[U], raw_g[U], next_w[U], next_g[U];
-    float scale = 1.0f, zero = 0.0f;
-    const auto fetch = [&](V(&to_w)[U], V(&to_g)[U], uint32_t segment, int64_t from) {
-        if (segment >= c.total) return;
-        scale = c.scale[segment];
-        if constexpr (ZEROS) zero = c.zero[segment];
+    const Group p = make_group<T>(scale, zero, c.range, surrogate.margin);
+    const auto write = [&](auto special) {
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-            to_w[u] = load<T, VEC>(w + from + (u << bits) * VEC);
-            to_g[u] = load<T, VEC>(grad + from + (u << bits) * VEC);
+            store(out + offset + (u << bits) * VEC, forward_of<decltype(special)::value>(raw[u], p, surrogate));
         }
     };
-    fetch(raw_w, raw_g, at, offset);
+    p.special ? write(std::true_type{}) : write(std::false_type{});
+}
+
+template <typename T, int U, typename S, bool ZEROS, int MINB>
+__global__ void __launch_bounds__(kThreads, MINB) backward_flat(const __grid_constant__ Call c) {
+    constexpr int VEC = 16 / sizeof(T);
+    const uint32_t bits = 31 - __clz(c.lanes), lane = threadIdx.x & (c.lanes - 1);
+    const uint32_t at = blockIdx.x * (kThreads >> bits) + (threadIdx.x >> bits);
+    const bool mine = at < c.total;  // the shuffles below need every thread
+    const int64_t offset = static_cast<int64_t>(at) * c.group + lane * VEC;
+    const T *w = static_cast<const T*>(c.w), *grad = static_cast<const T*>(c.grad);
+    T* dw = static_cast<T*>(c.out);
+    Vector<T, VEC> raw_w[U], raw_g[U];
+    float scale = 1.0f, zero = 0.0f;
+    if (mine) {
+        scale = c.scale[at];
+        if constexpr (ZEROS) zero = c.zero[at];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+            raw_w[u] = load<T, VEC>(w + offset + (u << bits) * VEC);
+            raw_g[u] = load<T, VEC>(grad + offset + (u << bits) * VEC);
+        }
+    }
     const S surrogate(c);
-    for (uint32_t first = blockIdx.x * segments; first < c.total;) {  // the same for a whole block: shuffles need all
-        const Group p = make_group<T>(scale, zero, c.range, surrogate.margin);
-        const bool more = c.total - first > step;
-        if (PREFETCH && more) fetch(next_w, next_g, at + step, offset + stride);
-        Sums sums;
-        if (at < c.total) {
-            if (!p.special) {
+    const Group p = make_group<T>(scale, zero, c.range, surrogate.margin);
+    Sums sums;
+    const auto write = [&](auto special) {
 #pragma unroll
-                for (int u = 0; u < U; ++u) {
-                    store(dw + offset + (u << bits) * VEC,
-                          backward_of<false, ZEROS>(raw_w[u], raw_g[u], p, surrogate, sums));
-                }
-            } else {
-#pragma unroll
-                for (int u = 0; u < U; ++u) {
-                    store(dw + offset + (u << bits) * VEC,
-                          backward_of<true, ZEROS>(raw_w[u], raw_g[u], p, surrogate, sums));
-                }
-            }
+        for (int u = 0; u < U; ++u) {
+            store(dw + offset + (u << bits) * VEC,
+                  backward_of<decltype(special)::value, ZEROS>(raw_w[u], raw_g[u], p, surrogate, sums));
         }
-        float sum_scale = sums.q - sums.v;
-        for (uint32_t o = c.lanes / 2; o > 0; o /= 2) {
-            sum_scale += __shfl_xor_sync(0xffffffff, sum_scale, o);
-            if constexpr (ZEROS) sums.zero += __shfl_xor_sync(0xffffffff, sums.zero, o);
-        }
-        if (lane == 0 && at < c.total) {
-            c.dscale[at] = c.grad_scale * sum_scale;
-            if constexpr (ZEROS) c.dzero[at] = c.grad_scale * (p.scale * sums.zero);
-        }
-        if (!more) return;
-        first += step;
-        at += step;
-        offset += stride;
-        if constexpr (PREFETCH) {
-#pragma unroll
-            for (int u = 0; u < U; ++u) {
-                raw_w[u] = next_w[u];
-                raw_g[u] = next_g[u];
-            }
-        } else {
-            fetch(raw_w, raw_g, at, offset);
-        }
+    };
+    if (mine) p.special ? write(std::true_type{}) : write(std::false_type{});
+    float sum_scale = sums.q - sums.v;
+    for (uint32_t o = c.lanes / 2; o > 0; o /= 2) {
+        sum_scale += __shfl_xor_sync(0xffffffff, sum_scale, o);
+        if constexpr (ZEROS) sums.zero += __shfl_xor_sync(0xffffffff, sums.zero, o);
+    }
+    if (lane == 0 && mine) {
+        c.dscale[at] = c.grad_scale * sum_scale;
+        if constexpr (ZEROS) c.dzero[at] = c.grad_scale * (p.scale * sums.zero);
     }
 }
 
