@@ -61,20 +61,20 @@ def linear() -> str:
 
 
 def fake_quant() -> str:
-    """Microseconds of fake_quant against torch eager."""
+    """Microseconds of fake_quant beside torch.compile and torch eager, a row a mode, direction and shape."""
     found = _load("h200/fake_quant.json")
-    ours = {(r["op"], r["N"], r["K"]): r for r in found["rows"] if r["impl"] == "pyquant"}
-    rows = [
-        [
-            op.removeprefix("fake_quant "),
-            f"{n} x {k}",
-            f"{r['roof_us']:.0f}",
-            f"**{r['us']:.0f}**",
-            f"{r['baseline_us']:.0f}",
-        ]
-        for (op, n, k), r in ours.items()
-    ]
-    return _about(found["meta"]) + "\n\n" + _table(["", "N x K", "roof", "pyquant", "torch eager"], rows)
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in found["rows"]:
+        cells.setdefault((row.get("mode", "LSQ"), row["op"], row["N"], row["K"], row["group"]), {})[row["impl"]] = row
+    rows = []
+    for (mode, op, n, k, group), impls in cells.items():
+        others = [f"{impls[i]['us']:.0f}" if i in impls else "-" for i in ("torch-compile", "torch-eager")]
+        width = "per channel" if group == -1 else f"g{group}"
+        ours = impls["pyquant"]
+        shape, what = f"{n} x {k}", op.removeprefix("fake_quant ")
+        rows.append([mode, what, shape, width, f"{ours['roof_us']:.0f}", f"**{ours['us']:.0f}**", *others])
+    head = ["", "", "N x K", "scales", "roof", "pyquant", "torch.compile", "torch eager"]
+    return _about(found["meta"]) + "\n\n" + _table(head, rows)
 
 
 def accuracy(name: str = "h200/accuracy.json") -> str:

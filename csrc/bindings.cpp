@@ -57,17 +57,56 @@ uint64_t capture_id(uintptr_t stream) {
 }
 
 void fake_quant(uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale, uintptr_t zero, uintptr_t out, int64_t n,
-                int64_t k, int64_t group_size, int bits, uintptr_t stream) {
-    pyquant::fake_quant(at<void>(w), dtype, w_stride, at<float>(scale), at<float>(zero), at<void>(out), n, k,
-                        group_size, bits, as_stream(stream));
+                int64_t k, int64_t group_size, int bits, int rounding, int clamp, uintptr_t temperature, float beta,
+                bool soft_forward, uintptr_t stream) {
+    pyquant::fake_quant({at<void>(w),
+                         nullptr,
+                         dtype,
+                         w_stride,
+                         0,
+                         at<float>(scale),
+                         at<float>(zero),
+                         at<float>(temperature),
+                         at<void>(out),
+                         nullptr,
+                         nullptr,
+                         n,
+                         k,
+                         group_size,
+                         bits,
+                         1.0f,
+                         rounding,
+                         clamp,
+                         beta,
+                         soft_forward},
+                        as_stream(stream));
 }
 
 void fake_quant_backward(uintptr_t grad, int64_t grad_stride, uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale,
                          uintptr_t zero, uintptr_t dw, uintptr_t dscale, uintptr_t dzero, int64_t n, int64_t k,
-                         int64_t group_size, int bits, float grad_scale, uintptr_t stream) {
-    pyquant::fake_quant_backward(at<void>(grad), grad_stride, at<void>(w), dtype, w_stride, at<float>(scale),
-                                 at<float>(zero), at<void>(dw), at<float>(dscale), at<float>(dzero), n, k, group_size,
-                                 bits, grad_scale, as_stream(stream));
+                         int64_t group_size, int bits, float grad_scale, int rounding, int clamp, uintptr_t temperature,
+                         float beta, bool soft_forward, uintptr_t stream) {
+    pyquant::fake_quant_backward({at<void>(w),
+                                  at<void>(grad),
+                                  dtype,
+                                  w_stride,
+                                  grad_stride,
+                                  at<float>(scale),
+                                  at<float>(zero),
+                                  at<float>(temperature),
+                                  at<void>(dw),
+                                  at<float>(dscale),
+                                  at<float>(dzero),
+                                  n,
+                                  k,
+                                  group_size,
+                                  bits,
+                                  grad_scale,
+                                  rounding,
+                                  clamp,
+                                  beta,
+                                  soft_forward},
+                                 as_stream(stream));
 }
 
 void rms_norm(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, int dtype, uintptr_t weight,
