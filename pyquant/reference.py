@@ -349,7 +349,9 @@ def distill_rows(
     dz, parts = torch.zeros_like(z), z.new_zeros(z.shape[0], 4)
     if teacher is not None:
         log_s = torch.log_softmax(z / temperature, -1)
-        log_t = torch.log_softmax(_cap(_wide(teacher).to(z.dtype) * teacher_scale, teacher_softcap or None) / temperature, -1)
+        log_t = torch.log_softmax(
+            _cap(_wide(teacher).to(z.dtype) * teacher_scale, teacher_softcap or None) / temperature, -1
+        )
         s, t = log_s.exp(), log_t.exp()
         parts[:, 0] = torch.where(t > 0, t * (log_t - log_s), 0.0).sum(-1)
         dz += kl * (s - t)

@@ -172,9 +172,7 @@ class _Inputs:
     how: _How
 
 
-def _forward(
-    inputs: _Inputs, dx: Tensor | None, dw: Tensor | None, scale: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _forward(inputs: _Inputs, dx: Tensor | None, dw: Tensor | None, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and parts; fills dx ``[T, H]`` and dw ``[V, H]`` with the gradients of the loss times scale, where wanted."""
     x, weight, how = inputs.x, inputs.weight, inputs.how
     tokens, vocabulary = x.shape[0], weight.shape[0]
@@ -249,9 +247,7 @@ def _chunk(
     )  # fmt: skip
 
 
-def _products(
-    inputs: _Inputs, segment: _Segment, done: int, dx: Tensor | None, dw: Tensor | None, lent: bool
-) -> None:
+def _products(inputs: _Inputs, segment: _Segment, done: int, dx: Tensor | None, dw: Tensor | None, lent: bool) -> None:
     """dx and dw of one segment; ``lent`` says that D lies in dw itself, which is then written, not added to."""
     x = inputs.x[done : done + segment.rows]
     total = None
@@ -326,7 +322,8 @@ def _check(name: str, inputs: _Inputs) -> None:
     check_floats(name, "student_hidden", x)
     check(weight.shape[0] > 0, f"{name}: student_weight {tuple(weight.shape)} has no rows")
     check(
-        x.dtype == weight.dtype, f"{name}: student_hidden is {x.dtype} but student_weight is {weight.dtype}; convert one"
+        x.dtype == weight.dtype,
+        f"{name}: student_hidden is {x.dtype} but student_weight is {weight.dtype}; convert one",
     )
     tokens, vocabulary = x.shape[0], weight.shape[0]
     for what in ("kl", "reverse_kl", "jsd", "ce"):
