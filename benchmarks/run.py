@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
+from benchmarks.distill import distill_rows
 from benchmarks.timing import chain_us, copies_for, graph_us, meta
 from pyquant import reference
 from pyquant.ops import fake_quant
@@ -106,7 +107,7 @@ def _eager_fake_quant(w, scale, zero, group, bits):
     return (torch.where((v >= -8) & (v <= 7), q, v.clamp(-8, 7).round()) * s).to(w.dtype)
 
 
-FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows}
+FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows, "distill": distill_rows}
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from pyquant.ops._checks import check, check_device, check_floats
 from pyquant.ops.distill_rows import PARTS, aligned, distill_rows, distill_scale
 
 SCRATCH = 512 << 20  # bytes for logits and their gradients where the head's gradient does not lend its own
+LEND = 1  # 0: dw never lends its memory (for measurements)
 BLOCK = 132 * 128  # columns of one product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
 MOST_ROWS = 2048  # of a chunk: more does not make the products faster
 MOST_SEGMENT = 8192
@@ -193,7 +194,7 @@ def _forward(inputs: _Inputs, dx: Tensor | None, dw: Tensor | None, scale: float
     scratch = None
     while done < tokens:
         left = tokens - done
-        lent = dw.view(-1).view(torch.uint8) if dw is not None and done == 0 else None
+        lent = dw.view(-1).view(torch.uint8) if dw is not None and done == 0 and LEND else None
         if lent is not None and lent.numel() // 2 >= min(left, 512) * max(grad_bytes, logit_bytes):
             rows = min(left, _down(lent.numel() // 2 // grad_bytes))
             room = lent.numel() - rows * grad_bytes - 256

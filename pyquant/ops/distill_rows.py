@@ -33,7 +33,7 @@ def _check_rows(
         check(t is None or t.stride(1) == 1 or vocabulary == 1, f"{name}: the columns of logits must be contiguous")
     check(labels is None or tuple(labels.shape) == (count,), f"{name}: labels must be [{count}]")
     check(block > 0 and block % 8 == 0, f"{name}: block={block} must be a multiple of 8")
-    check(0 <= first and first + count <= rows, f"{name}: rows {first} to {first + count} of {rows}")
+    check(first >= 0 and first + count <= rows, f"{name}: rows {first} to {first + count} of {rows}")
     padded = -(-vocabulary // 8) * 8
     check(
         grad is None or (grad.dim() == 1 and grad.is_contiguous() and grad.numel() >= rows * padded),
