@@ -35,6 +35,7 @@ LEND = 1  # 0: dw never lends its memory (for measurements)
 BLOCK = 132 * 128  # columns of one product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
 MOST_ROWS = 2048  # of a chunk: more does not make the products faster
 MOST_SEGMENT = 8192
+_ALIGN = 256  # bytes
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,39 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------ memory
 
 
-def _even(total: int, most: int) -> int:
-    """The size of equal parts of at most ``most``, in whole 64s where there is room."""
-    parts = -(-total // max(1, most))
-    size = -(-total // parts)
-    return min(-(-size // 64) * 64, most, total) if most >= 64 else size
+@dataclass(frozen=True)
+class _Plan:
+    """Tokens of a segment, and at most how many rows of logits at once."""
+
+    rows: int
+    chunk: int
+
+
+def _plan(size: int, left: int, grad_bytes: int, logit_bytes: int, least: int | None = None) -> _Plan | None:
+    """How to use ``size`` bytes, half of them at most for D: None where that gives short segments or chunks.
+
+    Args:
+        left: tokens still to do.
+        grad_bytes, logit_bytes: of one row of D (0: none is made) and of logits.
+        least: what both may shrink to; None for what is worth it.
+    """
+    rows = min(left, max(1, _down(size // 2 // grad_bytes)), MOST_SEGMENT) if grad_bytes else left
+    room = (size - rows * grad_bytes) // _ALIGN * _ALIGN
+    chunk = min(rows, _down(room // logit_bytes), MOST_ROWS)
+    if least is None and (rows < min(left, 512) or chunk < min(rows, 128)):
+        return None
+    return _Plan(rows, max(1, chunk))
 
 
 def _down(rows: int) -> int:
-    """Rows that fit, whole tiles of 128 where there are that many."""
-    return rows // 128 * 128 if rows >= 128 else max(rows, 1)
+    """Whole tiles of 128 rows, where there are that many."""
+    return rows // 128 * 128 if rows >= 128 else rows
+
+
+def _even(rows: int, most: int) -> int:
+    """The size of equal parts of at most ``most`` rows, whole 64s where there is room."""
+    size = -(-rows // -(-rows // most))
+    return min(-(-size // 64) * 64, most, rows)
 
 
 class _Segment:
@@ -131,8 +155,8 @@ class _Segment:
         self.grad = None
         if dtype is not None:
             size = rows * self.padded * dtype.itemsize
-            self.start = (arena.numel() - size) // 256 * 256
-            self.grad = arena[self.start : self.start + size].view(dtype)
+            start = (arena.numel() - size) // _ALIGN * _ALIGN
+            self.grad = arena[start : start + size].view(dtype)
 
     def logits(self, index: int, count: int, most: int, dtype: torch.dtype) -> Tensor:
         """The index-th matrix ``[count, V]`` of the chunk, where chunks have up to ``most`` rows."""
@@ -190,35 +214,27 @@ def _forward(inputs: _Inputs, dx: Tensor | None, dw: Tensor | None, scale: float
     products = how.divergence and (inputs.teacher_logits is None or copies)
     grad_bytes, logit_bytes = _row_bytes(x, products, vocabulary)
 
-    done = 0
-    scratch = None
+    done, scratch, most = 0, None, None
     while done < tokens:
-        left = tokens - done
-        lent = dw.view(-1).view(torch.uint8) if dw is not None and done == 0 and LEND else None
-        if lent is not None and lent.numel() // 2 >= min(left, 512) * max(grad_bytes, logit_bytes):
-            rows = min(left, _down(lent.numel() // 2 // grad_bytes))
-            room = lent.numel() - rows * grad_bytes - 256
-            most = min(room // logit_bytes, MOST_ROWS)
-            arena = lent
-        else:
-            lent = None
-            half = SCRATCH // 2
-            rows = min(left, _down(half // grad_bytes), MOST_SEGMENT) if gradients else left
-            room = half if gradients else SCRATCH
-            most = min(room // logit_bytes, MOST_ROWS)
-            most = max(1, min(rows, _down(most)))
-            size = (rows * grad_bytes + 256 if gradients else 0) + min(most, how.chunk or most) * logit_bytes
-            if scratch is None or scratch.numel() < size:
-                scratch = None  # freed before the next is made
+        plan = None
+        if dw is not None and done == 0 and LEND:
+            arena = dw.view(-1).view(torch.uint8)
+            plan = _plan(arena.numel(), tokens, grad_bytes, logit_bytes)
+        lent = plan is not None
+        if plan is None:
+            if scratch is None:
+                most = _plan(SCRATCH, tokens - done, grad_bytes if gradients else 0, logit_bytes, least=1)
+                size = most.rows * grad_bytes * gradients + most.chunk * logit_bytes + _ALIGN
                 scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
-            arena = scratch
-        chunk = _even(rows, max(1, min(rows, how.chunk or _down(most), max(1, most))))
-        segment = _Segment(arena, rows, vocabulary, x.dtype if gradients else None)
-        for first in range(0, rows, chunk):
-            _chunk(inputs, segment, done, first, min(chunk, rows - first), chunk, sums, factor)
+            rows = _even(tokens - done, most.rows)
+            plan, arena = _Plan(rows, min(most.chunk, rows)), scratch
+        chunk = _even(plan.rows, min(plan.chunk, how.chunk or plan.chunk))
+        segment = _Segment(arena, plan.rows, vocabulary, x.dtype if gradients else None)
+        for first in range(0, plan.rows, chunk):
+            _chunk(inputs, segment, done, first, min(chunk, plan.rows - first), chunk, sums, factor)
         if gradients:
-            _products(inputs, segment, done, dx, dw, lent is not None)
-        done += rows
+            _products(inputs, segment, done, dx, dw, lent)
+        done += plan.rows
     mean = (sums.sum(0) * inverse).unbind()
     parts = dict(zip(PARTS, mean, strict=True))
     loss = how.kl * mean[0] + how.reverse_kl * mean[1] + how.jsd * mean[2] + how.ce * mean[3]
