@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyquant import reference
-from pyquant.ops import distill as ours
+from pyquant.ops import _distill_chunks as ours
 from pyquant.ops import distill_loss
 
 TOKENS, HIDDEN, VOCABULARY = 2048, 4096, 128256

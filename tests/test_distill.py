@@ -11,7 +11,8 @@ from distill_cases import MIXES, error, expected, make
 
 from cases import unit_roundoff
 from pyquant import reference
-from pyquant.ops import distill, distill_loss
+from pyquant.ops import _distill_chunks as distill
+from pyquant.ops import distill_loss
 from pyquant.recipes.kd_qat import KDLoss, kd_loss
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -358,3 +359,34 @@ def test_sample_calls_reach_every_argument():
     assert (
         {c[1] is None for c in calls} == {c[3] is None for c in calls} == {c[4] is None for c in calls} == {True, False}
     )
+
+
+# ------------------------------------------------------------------------------------------------ torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
+def test_compiles_to_one_graph(dtype):
+    """The whole loss is one op of the graph, forward and backward, with the eager call's results."""
+    sample = make(9, 64, 40, 8, dtype)
+
+    def step(x, w):
+        loss, parts = distill_loss(x * 1.0, w, sample.labels, sample.teacher_x, sample.teacher_weight, kl=0.2, ce=0.3)
+        return loss * 2, parts["kl"]
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (step, compiled):
+        loss, kl = function(sample.x, sample.weight)
+        results.append((loss, kl, *torch.autograd.grad(loss, (sample.x, sample.weight))))
+    for eager, traced in zip(*results, strict=True):
+        assert traced.dtype == eager.dtype
+        assert error(traced, eager.double()) < (EXACT if dtype == torch.float64 else 1e-3)
+
+
+def test_opcheck():
+    sample = make(9, 16, 40, 8, torch.float32)
+    how = (0.3, 0.2, 0.5, 0.7, 0.4, 2.0, 6.0, None, 1.3, -100, 4)
+    for wants in ((True, True), (True, False)):
+        args = (*sample.args(), None, *wants, *how)
+        sample.weight.requires_grad_(wants[1])
+        torch.library.opcheck(torch.ops.pyquant.distill_loss.default, args)

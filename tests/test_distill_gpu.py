@@ -10,7 +10,8 @@ from distill_cases import MIXES, Sample, error, expected, make
 
 from cases import unit_roundoff
 from pyquant import reference
-from pyquant.ops import _registry, distill, distill_loss
+from pyquant.ops import _distill_chunks as distill
+from pyquant.ops import _registry, distill_loss
 from pyquant.ops.distill_rows import distill_rows, distill_scale
 
 pytestmark = pytest.mark.gpu

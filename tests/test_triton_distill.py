@@ -13,7 +13,8 @@ from aot import compile_kernel
 from distill_cases import MIXES, error, expected, make
 
 from pyquant.kernels import distill as kernels
-from pyquant.ops import distill, distill_loss
+from pyquant.ops import _distill_chunks as distill
+from pyquant.ops import distill_loss
 from pyquant.ops.distill_rows import distill_scale
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -64,12 +66,12 @@ def _rows_cuda(
     )  # fmt: skip
 
 
-def _rows_triton(sums: Tensor, *args: object) -> None:
+def _rows_triton(sums: Tensor, *args: Any) -> None:
     _check_rows(sums, *args)
     kernels("distill").distill_rows(sums, *args)
 
 
-def _rows_torch(sums: Tensor, *args: object) -> None:
+def _rows_torch(sums: Tensor, *args: Any) -> None:
     _check_rows(sums, *args)
     reference.distill_rows(sums, *args)
 
