@@ -81,145 +81,25 @@ __device__ __forceinline__ void cut_off(float (&v)[4], int col, int end) {
     for (int i = 0; i < 4; ++i) v[i] = col + i < end ? v[i] : -INFINITY;
 }
 
-// ---- where a row's logits are between the steps
-
-// In registers and shared memory; VECS x 4 columns a thread, which alone reads what it wrote.
-template <int VECS, bool TEACHER>
-struct Held {
-    float student[VECS][4];
-    float4* teacher;  // shared
-    int begin, end;
-
-    __device__ __forceinline__ Held(const DistillRows& a, int64_t row, int rank, int, void* shared)
-        : teacher(static_cast<float4*>(shared) + threadIdx.x),
-          begin(rank * kThreads * VECS * 4 + static_cast<int>(threadIdx.x) * 4),
-          end(static_cast<int>(a.vocabulary)) {
-        // all loads of a thread are on their way before the first value is needed
-        const Cap cap(a.student_scale, a.softcap), teacher_cap(a.teacher_scale, a.teacher_softcap);
-        if constexpr (TEACHER) {
-            if (a.teacher_dtype == 2) copy_teacher(static_cast<const float*>(a.teacher) + row * a.teacher_stride);
-        }
-        const float* from = a.student + row * a.student_stride;
-#pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            if (at(i) < end) load4(student[i], from + at(i));
-        }
-        if constexpr (TEACHER) {
-            const int64_t start = row * a.teacher_stride;
-            if (a.teacher_dtype == 0) {
-                widen_teacher(static_cast<const __nv_bfloat16*>(a.teacher) + start);
-            } else if (a.teacher_dtype == 1) {
-                widen_teacher(static_cast<const __half*>(a.teacher) + start);
-            }
-        }
-        if (a.softcap > 0.0f || a.student_scale != 1.0f) {
-#pragma unroll
-            for (int i = 0; i < VECS; ++i) cap(student[i]);
-        }
-#pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            if (at(i) < end && at(i) + 4 > end) cut_off(student[i], at(i), end);
-        }
-        if constexpr (TEACHER) {
-            ptx::copy_async_commit();
-            ptx::copy_async_wait<0>();
-            const bool changes = a.teacher_softcap > 0.0f || a.teacher_scale != 1.0f;
-            if (changes || end % 4) {
-                for (int i = 0; i < VECS && at(i) < end; ++i) {
-                    const float4 q = teacher[i * kThreads];
-                    float v[4] = {q.x, q.y, q.z, q.w};
-                    if (changes) teacher_cap(v);
-                    cut_off(v, at(i), end);
-                    teacher[i * kThreads] = make_float4(v[0], v[1], v[2], v[3]);
-                }
-            }
-        }
-    }
-    __device__ __forceinline__ int at(int i) const { return begin + i * kThreads * 4; }
-    __device__ __forceinline__ void copy_teacher(const float* from) {
-#pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            if (at(i) < end) ptx::copy_async<16>(teacher + i * kThreads, from + at(i));
-        }
-    }
-    template <typename T>
-    __device__ __forceinline__ void widen_teacher(const T* from) {
-#pragma unroll 4
-        for (int i = 0; i < VECS; ++i) {
-            if (at(i) < end) {
-                float v[4];
-                load4(v, from + at(i));
-                teacher[i * kThreads] = make_float4(v[0], v[1], v[2], v[3]);
-            }
-        }
-    }
-    template <typename F>
-    __device__ __forceinline__ void each(F&& step) const {
-#pragma unroll
-        for (int i = 0; i < VECS; ++i) {
-            if (at(i) >= end) continue;
-            float t[4] = {};
-            if constexpr (TEACHER) {
-                const float4 q = teacher[i * kThreads];
-                t[0] = q.x, t[1] = q.y, t[2] = q.z, t[3] = q.w;
-            }
-            step(at(i), student[i], t);
-        }
-    }
-};
-
-// In global memory, read again in each step.
-template <bool TEACHER>
-struct Plain {
-    const DistillRows& a;
-    int64_t row;
-
-    __device__ __forceinline__ Plain(const DistillRows& a, int64_t row, int, int, void*) : a(a), row(row) {}
-    __device__ __forceinline__ void load_teacher(float (&v)[4], int col) const {
-        const int64_t at = row * a.teacher_stride + col;
-        if (a.teacher_dtype == 2) {
-            load4(v, static_cast<const float*>(a.teacher) + at);
-        } else if (a.teacher_dtype == 0) {
-            load4(v, static_cast<const __nv_bfloat16*>(a.teacher) + at);
-        } else {
-            load4(v, static_cast<const __half*>(a.teacher) + at);
-        }
-    }
-    template <typename F>
-    __device__ __forceinline__ void each(F&& step) const {
-        const Cap cap(a.student_scale, a.softcap), teacher_cap(a.teacher_scale, a.teacher_softcap);
-        const int end = static_cast<int>(a.vocabulary);
-        for (int col = static_cast<int>(threadIdx.x) * 4; col < end; col += kThreads * 4) {
-            float s[4], t[4] = {};
-            load4(s, a.student + row * a.student_stride + col);
-            cap(s);
-            cut_off(s, col, end);
-            if constexpr (TEACHER) {
-                load_teacher(t, col);
-                teacher_cap(t);
-                cut_off(t, col, end);
-            }
-            step(col, s, t);
-        }
-    }
-};
-
 // ---- statistics over the block and the cluster, in a fixed order
 
 // Running maximum of z, and sums of exp2((z - max) rate) for one or two rates.
 struct Softmax {
     float max = kLow, sum = 0.0f, sum1 = 0.0f;
 
+    __device__ __forceinline__ void raise(const float (&z)[4]) {
+        max = fmaxf(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])), max);
+    }
+    __device__ __forceinline__ float exponentials(const float (&z)[4], float by) const {
+        const float base = -max * by;
+        return (exp2_fast(fmaf(z[0], by, base)) + exp2_fast(fmaf(z[1], by, base))) +
+               (exp2_fast(fmaf(z[2], by, base)) + exp2_fast(fmaf(z[3], by, base)));
+    }
     __device__ __forceinline__ void add(const float (&z)[4], float rate, float rate1, bool both) {
-        const float top = fmaxf(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])), max);
-        sum *= exp2_fast((max - top) * rate);
-        if (both) sum1 *= exp2_fast((max - top) * rate1);
-        max = top;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            sum += exp2_fast((z[i] - top) * rate);
-            if (both) sum1 += exp2_fast((z[i] - top) * rate1);
-        }
+        const float old = max;
+        raise(z);
+        sum = sum * exp2_fast((old - max) * rate) + exponentials(z, rate);
+        if (both) sum1 = sum1 * exp2_fast((old - max) * rate1) + exponentials(z, rate1);
     }
     __device__ __forceinline__ void merge(float max2, float sum2, float sum12, float rate, float rate1) {
         const float top = fmaxf(max, max2);
@@ -305,6 +185,151 @@ __device__ __forceinline__ void merge_all(S& stats, float (&parts)[kWarps + 1][6
 #endif
 }
 
+// ---- where a row's logits are between the steps
+
+// In registers and shared memory; VECS x 4 columns a thread, which alone reads what it wrote.
+template <int VECS, bool TEACHER>
+struct Held {
+    float student[VECS][4];
+    float4* teacher;  // shared
+    int begin, end;
+
+    __device__ __forceinline__ Held(const DistillRows& a, int64_t row, int rank, int, void* shared)
+        : teacher(static_cast<float4*>(shared) + threadIdx.x),
+          begin(rank * kThreads * VECS * 4 + static_cast<int>(threadIdx.x) * 4),
+          end(static_cast<int>(a.vocabulary)) {
+        // all loads of a thread are on their way before the first value is needed
+        const Cap cap(a.student_scale, a.softcap), teacher_cap(a.teacher_scale, a.teacher_softcap);
+        if constexpr (TEACHER) {
+            if (a.teacher_dtype == 2) copy_teacher(static_cast<const float*>(a.teacher) + row * a.teacher_stride);
+        }
+        const float* from = a.student + row * a.student_stride;
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            if (at(i) < end) load4(student[i], from + at(i));
+        }
+        if constexpr (TEACHER) {
+            const int64_t start = row * a.teacher_stride;
+            if (a.teacher_dtype == 0) {
+                widen_teacher(static_cast<const __nv_bfloat16*>(a.teacher) + start);
+            } else if (a.teacher_dtype == 1) {
+                widen_teacher(static_cast<const __half*>(a.teacher) + start);
+            }
+        }
+        if (a.softcap > 0.0f || a.student_scale != 1.0f) {
+#pragma unroll
+            for (int i = 0; i < VECS; ++i) cap(student[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            if (at(i) < end && at(i) + 4 > end) cut_off(student[i], at(i), end);
+        }
+        if constexpr (TEACHER) {
+            ptx::copy_async_commit();
+            ptx::copy_async_wait<0>();
+            const bool changes = a.teacher_softcap > 0.0f || a.teacher_scale != 1.0f;
+            if (changes || end % 4) {
+                for (int i = 0; i < VECS && at(i) < end; ++i) {
+                    const float4 q = teacher[i * kThreads];
+                    float v[4] = {q.x, q.y, q.z, q.w};
+                    if (changes) teacher_cap(v);
+                    cut_off(v, at(i), end);
+                    teacher[i * kThreads] = make_float4(v[0], v[1], v[2], v[3]);
+                }
+            }
+        }
+    }
+    __device__ __forceinline__ int at(int i) const { return begin + i * kThreads * 4; }
+    __device__ __forceinline__ void copy_teacher(const float* from) {
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            if (at(i) < end) ptx::copy_async<16>(teacher + i * kThreads, from + at(i));
+        }
+    }
+    template <typename T>
+    __device__ __forceinline__ void widen_teacher(const T* from) {
+#pragma unroll 4
+        for (int i = 0; i < VECS; ++i) {
+            if (at(i) < end) {
+                float v[4];
+                load4(v, from + at(i));
+                teacher[i * kThreads] = make_float4(v[0], v[1], v[2], v[3]);
+            }
+        }
+    }
+    template <typename F>
+    __device__ __forceinline__ void each(F&& step) const {
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            if (at(i) >= end) continue;
+            float t[4] = {};
+            if constexpr (TEACHER) {
+                const float4 q = teacher[i * kThreads];
+                t[0] = q.x, t[1] = q.y, t[2] = q.z, t[3] = q.w;
+            }
+            step(at(i), student[i], t);
+        }
+    }
+    // Maximum first, then sums: each value is at hand twice, and nothing is rescaled.
+    __device__ __forceinline__ void softmax(Stats& stats, bool two_rates) const {
+        each([&](int, const float (&s)[4], const float (&t)[4]) {
+            stats.student.raise(s);
+            if constexpr (TEACHER) stats.teacher.raise(t);
+        });
+        each([&](int, const float (&s)[4], const float (&t)[4]) {
+            stats.student.sum += stats.student.exponentials(s, stats.rate);
+            if constexpr (TEACHER) stats.teacher.sum += stats.teacher.exponentials(t, stats.rate);
+        });
+        if (two_rates) {
+            each([&](int, const float (&s)[4], const float (&)[4]) {
+                stats.student.sum1 += stats.student.exponentials(s, kLog2e);
+            });
+        }
+    }
+};
+
+// In global memory, read again in each step.
+template <bool TEACHER>
+struct Plain {
+    const DistillRows& a;
+    int64_t row;
+
+    __device__ __forceinline__ Plain(const DistillRows& a, int64_t row, int, int, void*) : a(a), row(row) {}
+    __device__ __forceinline__ void load_teacher(float (&v)[4], int col) const {
+        const int64_t at = row * a.teacher_stride + col;
+        if (a.teacher_dtype == 2) {
+            load4(v, static_cast<const float*>(a.teacher) + at);
+        } else if (a.teacher_dtype == 0) {
+            load4(v, static_cast<const __nv_bfloat16*>(a.teacher) + at);
+        } else {
+            load4(v, static_cast<const __half*>(a.teacher) + at);
+        }
+    }
+    template <typename F>
+    __device__ __forceinline__ void each(F&& step) const {
+        const Cap cap(a.student_scale, a.softcap), teacher_cap(a.teacher_scale, a.teacher_softcap);
+        const int end = static_cast<int>(a.vocabulary);
+        for (int col = static_cast<int>(threadIdx.x) * 4; col < end; col += kThreads * 4) {
+            float s[4], t[4] = {};
+            load4(s, a.student + row * a.student_stride + col);
+            cap(s);
+            cut_off(s, col, end);
+            if constexpr (TEACHER) {
+                load_teacher(t, col);
+                teacher_cap(t);
+                cut_off(t, col, end);
+            }
+            step(col, s, t);
+        }
+    }
+    __device__ __forceinline__ void softmax(Stats& stats, bool two_rates) const {
+        each([&](int, const float (&s)[4], const float (&t)[4]) {
+            stats.student.add(s, stats.rate, kLog2e, two_rates);
+            if constexpr (TEACHER) stats.teacher.add(t, stats.rate, stats.rate, false);
+        });
+    }
+};
+
 // ---- the result
 
 struct Target {  // where a row of D goes
@@ -359,21 +384,19 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
     stats.rate = kTeacher ? kLog2e / a.temperature : kLog2e;
     const float rate = stats.rate;
     const bool two_rates = kTeacher && a.labels && a.temperature != 1.0f;
-    store.each([&](int, const float (&s)[4], const float (&t)[4]) {
-        stats.student.add(s, rate, kLog2e, two_rates);
-        if constexpr (kTeacher) stats.teacher.add(t, rate, rate, false);
-    });
+    store.softmax(stats, two_rates);
     merge_all(stats, exchange[0], ranks);
-    const float max_s = stats.student.max, max_t = stats.teacher.max;
-    const float log_s = log2_fast(stats.student.sum), log_t = log2_fast(stats.teacher.sum);
-    const float log_p = two_rates ? log2_fast(stats.student.sum1) : log_s;
+    // log2 of s, t and p is rate * z - of_s, ... - of_t, ... - of_p
+    const float of_s = fmaf(stats.student.max, rate, log2_fast(stats.student.sum));
+    const float of_t = fmaf(stats.teacher.max, rate, log2_fast(stats.teacher.sum));
+    const float of_p = two_rates ? fmaf(stats.student.max, kLog2e, log2_fast(stats.student.sum1)) : of_s;
 
     Sums<4> sums;  // in base 2: kl, reverse, s against m, t against m
     if constexpr (MODE == kAll) {
         store.each([&](int, const float (&s)[4], const float (&t)[4]) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float ls = (s[i] - max_s) * rate - log_s, lt = (t[i] - max_t) * rate - log_t, u = lt - ls;
+                const float ls = fmaf(s[i], rate, -of_s), lt = fmaf(t[i], rate, -of_t), u = lt - ls;
                 const float ps = exp2_fast(ls), pt = exp2_fast(lt), r = mixture(u, a.jsd_beta);
                 sums.v[0] += times(pt, u);
                 sums.v[1] -= times(ps, u);
@@ -393,10 +416,10 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
             float d[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float ls = (s[i] - max_s) * rate - log_s, ps = exp2_fast(ls);
+                const float ls = fmaf(s[i], rate, -of_s), ps = exp2_fast(ls);
                 d[i] = 0.0f;
                 if constexpr (kTeacher) {
-                    const float lt = (t[i] - max_t) * rate - log_t, pt = exp2_fast(lt), u = lt - ls;
+                    const float lt = fmaf(t[i], rate, -of_t), pt = exp2_fast(lt), u = lt - ls;
                     d[i] = of_kl * (ps - pt);
                     if constexpr (MODE == kForwardKl) {
                         sums.v[0] += times(pt, u);
@@ -405,9 +428,15 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
                         d[i] -= times(ps, (of_reverse != 0.0f ? of_reverse * (u + sums.v[1]) : 0.0f) + pull);
                     }
                 }
-                const float p = two_rates ? exp2_fast((s[i] - max_s) * kLog2e - log_p) : ps;
-                d[i] += of_ce * (p - (col + i == label ? 1.0f : 0.0f));
-                d[i] *= 1.0f - s[i] * s[i] * flat;
+                d[i] = fmaf(of_ce, two_rates ? exp2_fast(fmaf(s[i], kLog2e, -of_p)) : ps, d[i]);
+            }
+            if (static_cast<uint64_t>(label - col) < 4) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) d[i] -= col + i == label ? of_ce : 0.0f;
+            }
+            if (flat > 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) d[i] *= 1.0f - s[i] * s[i] * flat;
             }
             if (a.grad) target.store(col, d);
         });
@@ -420,7 +449,7 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
             ce = NAN;  // a label outside of the vocabulary shows
             if (label >= 0 && label < a.vocabulary) {
                 const float z = Cap(a.student_scale, a.softcap)(a.student[row * a.student_stride + label]);
-                ce = (log_p - (z - max_s) * kLog2e) * kLn2;
+                ce = (of_p - z * kLog2e) * kLn2;
             }
         }
         a.sums[row * 4] = kTeacher ? sums.v[0] * square : 0.0f;
