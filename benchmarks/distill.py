@@ -294,6 +294,7 @@ def variants(data: Data, kind: str = "kl") -> None:
     tried: list[tuple[str, dict[str, int], dict[str, int]]] = [("as it is", {}, {})]
     tried += [(f"chunk={c}", {"chunk": c}, {}) for c in (128, 256, 384)]
     tried += [(f"BLOCK={b}", {}, {"BLOCK": b}) for b in (base // 2, base * 2, base * 4)]
+    tried += [("OVERLAP", {}, {"OVERLAP": 1}), ("OVERLAP, chunk=128", {"chunk": 128}, {"OVERLAP": 1})]
     tried += [("always scratch, 512 MiB", {}, {"LEND": 0}), ("always scratch, 1 GiB", {}, {"LEND": 0, "SCRATCH": GIB})]
     tried += [("as it is", {}, {})]
     for what, options, constants in tried:
