@@ -18,9 +18,13 @@
 //   row   | block 0          | block 1          | ... | block 7          |     a block: 512 threads x VECS x 4 columns
 //         | thread 0 | 1 | 2 ... | thread 0 | ...                              (VECS = 8: two blocks a multiprocessor)
 //
-// One row's loads run under another's arithmetic. Three steps: maxima and sums (running, one exponential a value and a
-// rescaling every 4); for reverse KL and JSD the sums that their gradients need; D. Rows beyond 8 x 512 x 64 columns,
-// and GPUs before sm_90, take the plain kernel: a block a row, which reads the logits again in each step.
+// One row's loads run under another's arithmetic. The usual loss (forward KL, cross-entropy) has one exchange between
+// the blocks of a row, and keeps the exponentials of its sums in place of the logits. Other losses take a step more,
+// for the sums that the gradients of reverse KL and JSD need. Rows beyond 8 x 512 x 64 columns, and GPUs before sm_90,
+// take the plain kernel: a block a row, which reads the logits again in each step.
+//
+// Tried: a release barrier of the cluster for the exchange instead of counted stores (st.async). It is a fence of all
+// global memory and stood behind the stores of D: 396 us for 512 rows of both models on an H200, 1.7 TB/s.
 #include "ops.h"
 #include "pieces.cuh"
 #include "programmatic.cuh"
@@ -32,7 +36,7 @@ constexpr int kThreads = 512, kWarps = kThreads / 32;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLow = -1e30f;  // below every logit: exp2 of the distance is 0, and no NaN as with infinity
 
-enum Mode { kCrossEntropy, kForwardKl, kAll };
+enum Mode { kCrossEntropy, kForwardKl, kAll };  // which terms; kForwardKl with cross-entropy beside it or not
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -75,10 +79,10 @@ __device__ __forceinline__ void load4(float (&v)[4], const T* from) {  // T of 1
     const uint2 q = __ldcs(reinterpret_cast<const uint2*>(from));
     v[0] = Magic<T>::low(q.x), v[1] = Magic<T>::high(q.x), v[2] = Magic<T>::low(q.y), v[3] = Magic<T>::high(q.y);
 }
-// Of one vector, what lies beyond the vocabulary becomes minus infinity.
+// Of one vector, what lies beyond the vocabulary gets the probability 0.
 __device__ __forceinline__ void cut_off(float (&v)[4], int col, int end) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = col + i < end ? v[i] : -INFINITY;
+    for (int i = 0; i < 4; ++i) v[i] = col + i < end ? v[i] : kLow;
 }
 
 // ---- statistics over the block and the cluster, in a fixed order
@@ -122,7 +126,7 @@ struct Stats {
         student.merge(v[0], v[1], v[2], rate, rate1);
         teacher.merge(v[3], v[4], v[5], rate, rate1);
     }
-    __device__ __forceinline__ void set(const float (&v)[kFloats]) {
+    __device__ __forceinline__ void set(const float* v) {
         student.max = v[0], student.sum = v[1], student.sum1 = v[2];
         teacher.max = v[3], teacher.sum = v[4], teacher.sum1 = v[5];
     }
@@ -138,7 +142,7 @@ struct Sums {
 #pragma unroll
         for (int i = 0; i < N; ++i) v[i] += other[i];
     }
-    __device__ __forceinline__ void set(const float (&other)[N]) {
+    __device__ __forceinline__ void set(const float* other) {
 #pragma unroll
         for (int i = 0; i < N; ++i) v[i] = other[i];
     }
@@ -154,32 +158,60 @@ __device__ __forceinline__ void merge_lanes(S& stats, int lanes) {
     }
 }
 
-// Merged over all threads of the cluster, the same in every thread. ``parts`` is used once in the life of the block.
+// How the blocks of a cluster tell each other their numbers; used once.
+struct Exchange {
+    float of_warps[kWarps][6];
+    float of_ranks[8][6];
+    uint64_t arrived;  // when the numbers of every block are here
+};
+
+// Before the first exchange of a kernel, by all threads: open() early, entered() before the first merge_all.
+template <int N>
+__device__ __forceinline__ void open(Exchange (&exchanges)[N], const int (&floats)[N], int ranks) {
+#if __CUDA_ARCH__ >= 900
+    if (ranks == 1) return;
+    if (threadIdx.x == 0) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) ptx::barrier_init(&exchanges[i].arrived, 1);
+        ptx::barrier_init_fence();
+#pragma unroll
+        for (int i = 0; i < N; ++i) ptx::barrier_expect(&exchanges[i].arrived, ranks * floats[i] * 4);
+    }
+    __syncwarp();
+    ptx::cluster_arrive_relaxed();
+#endif
+}
+__device__ __forceinline__ void entered(int ranks) {
+#if __CUDA_ARCH__ >= 900
+    if (ranks > 1) ptx::cluster_wait();
+#endif
+}
+
+// Merged over all threads of the cluster, the same in every thread. A block leaves only when it has what was sent to
+// it.
 template <typename S>
-__device__ __forceinline__ void merge_all(S& stats, float (&parts)[kWarps + 1][6], int ranks) {
+__device__ __forceinline__ void merge_all(S& stats, Exchange& exchange, int rank, int ranks) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float v[S::kFloats];
     merge_lanes(stats, 32);
     if (lane == 0) {
 #pragma unroll
-        for (int i = 0; i < S::kFloats; ++i) parts[warp][i] = stats.get(i);
+        for (int i = 0; i < S::kFloats; ++i) exchange.of_warps[warp][i] = stats.get(i);
     }
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < S::kFloats; ++i) v[i] = parts[lane % kWarps][i];
-    stats.set(v);
-    merge_lanes(stats, kWarps);
+    if (ranks == 1 || warp == 0) {
+        stats.set(exchange.of_warps[lane % kWarps]);
+        merge_lanes(stats, kWarps);
+    }
 #if __CUDA_ARCH__ >= 900
     if (ranks > 1) {
-        if (threadIdx.x == 0) {
+        if (warp == 0 && lane < ranks) {  // to every block of the cluster
+            const uint32_t to = ptx::map_shared(exchange.of_ranks[rank], lane);
+            const uint32_t barrier = ptx::map_shared(&exchange.arrived, lane);
 #pragma unroll
-            for (int i = 0; i < S::kFloats; ++i) parts[kWarps][i] = stats.get(i);
+            for (int i = 0; i < S::kFloats; ++i) ptx::send(to + 4 * i, stats.get(i), barrier);
         }
-        ptx::cluster_sync();
-        const uint32_t from = ptx::map_shared(parts[kWarps], lane % ranks);
-#pragma unroll
-        for (int i = 0; i < S::kFloats; ++i) v[i] = ptx::load_cluster(from + 4 * i);
-        stats.set(v);
+        ptx::barrier_wait(&exchange.arrived, 0);
+        stats.set(exchange.of_ranks[lane % ranks]);
         merge_lanes(stats, ranks);
     }
 #endif
@@ -332,26 +364,51 @@ struct Plain {
 
 // ---- the result
 
-struct Target {  // where a row of D goes
+// Where a row of D goes, for columns that come in ascending order.
+struct Target {
     const DistillRows& a;
     int64_t row;  // of the whole matrix
+    int next = 0;
+    int64_t offset = 0;
 
-    __device__ __forceinline__ void store(int col, const float (&d)[4]) const {
-        const int block = col / a.block, begin = block * a.block;
-        const int left = static_cast<int>(a.vocabulary) - begin;
-        const int stride = left < a.block ? (left + 7) / 8 * 8 : a.block;
-        const int64_t at = static_cast<int64_t>(begin) * a.rows + row * stride + (col - begin);
-        if (a.grad_dtype == 2) {
-            __stcs(reinterpret_cast<float4*>(static_cast<float*>(a.grad) + at), make_float4(d[0], d[1], d[2], d[3]));
-        } else if (a.grad_dtype == 0) {
+    __device__ __forceinline__ Target(const DistillRows& a, int64_t row) : a(a), row(row) {}
+    __device__ __forceinline__ void store(int col, const float (&d)[4]) {
+        if (col >= next) {  // seldom: another block of columns
+            const int begin = col / a.block * a.block, left = static_cast<int>(a.vocabulary) - begin;
+            const int stride = left < a.block ? (left + 7) / 8 * 8 : a.block;
+            offset = static_cast<int64_t>(begin) * a.rows + row * stride - begin;
+            next = begin + a.block;
+        }
+        const int64_t at = offset + col;
+        if (a.grad_dtype == 0) {
             const uint2 q = {pack2(d[0], d[1], __nv_bfloat16{}), pack2(d[2], d[3], __nv_bfloat16{})};
             __stcs(reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(a.grad) + at), q);
-        } else {
+        } else if (a.grad_dtype == 1) {
             const uint2 q = {pack2(d[0], d[1], __half{}), pack2(d[2], d[3], __half{})};
             __stcs(reinterpret_cast<uint2*>(static_cast<__half*>(a.grad) + at), q);
+        } else {
+            __stcs(reinterpret_cast<float4*>(static_cast<float*>(a.grad) + at), make_float4(d[0], d[1], d[2], d[3]));
         }
     }
 };
+
+// A row that does not count; every block of the cluster comes here.
+__device__ __forceinline__ void write_nothing(const DistillRows& a, int64_t row, int rank, int ranks) {
+    if (a.grad) {
+        Target target(a, a.first + row);
+        const float none[4] = {};
+        for (int col = (rank * kThreads + threadIdx.x) * 4; col < a.vocabulary; col += ranks * kThreads * 4)
+            target.store(col, none);
+    }
+    if (rank == 0 && threadIdx.x < 4) a.sums[row * 4 + threadIdx.x] = 0.0f;
+}
+
+// -log p[label], where of_p is log2 of the sum of exponentials; a label outside of the vocabulary shows.
+__device__ __forceinline__ float cross_entropy(const DistillRows& a, int64_t row, int64_t label, float of_p) {
+    if (!a.labels) return 0.0f;
+    if (label < 0 || label >= a.vocabulary) return NAN;
+    return (of_p - Cap(a.student_scale, a.softcap)(a.student[row * a.student_stride + label]) * kLog2e) * kLn2;
+}
 
 __device__ __forceinline__ float times(float p, float log_ratio) { return p > 0.0f ? p * log_ratio : 0.0f; }
 
@@ -364,19 +421,11 @@ __device__ __forceinline__ float mixture(float u, float beta) {
 template <typename STORE, Mode MODE>
 __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, int ranks, void* shared) {
     constexpr bool kTeacher = MODE != kCrossEntropy;
-    __shared__ float exchange[2][kWarps + 1][6];
+    __shared__ Exchange exchange[2];
     const int64_t row = blockIdx.x / ranks;
-    const Target target{a, a.first + row};
     const int64_t label = a.labels ? a.labels[row] : -1;
-    if (a.labels && label == a.ignore_index) {
-        if (a.grad) {
-            const float none[4] = {};
-            for (int col = (rank * kThreads + threadIdx.x) * 4; col < a.vocabulary; col += ranks * kThreads * 4)
-                target.store(col, none);
-        }
-        if (rank == 0 && threadIdx.x < 4) a.sums[row * 4 + threadIdx.x] = 0.0f;
-        return;  // every block of the cluster does
-    }
+    if (a.labels && label == a.ignore_index) return write_nothing(a, row, rank, ranks);
+    open(exchange, {Stats::kFloats, 4}, ranks);
 
     const STORE store(a, row, rank, ranks, shared);
     Stats stats;
@@ -385,7 +434,8 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
     const float rate = stats.rate;
     const bool two_rates = kTeacher && a.labels && a.temperature != 1.0f;
     store.softmax(stats, two_rates);
-    merge_all(stats, exchange[0], ranks);
+    entered(ranks);
+    merge_all(stats, exchange[0], rank, ranks);
     // log2 of s, t and p is rate * z - of_s, ... - of_t, ... - of_p
     const float of_s = fmaf(stats.student.max, rate, log2_fast(stats.student.sum));
     const float of_t = fmaf(stats.teacher.max, rate, log2_fast(stats.teacher.sum));
@@ -397,14 +447,14 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float ls = fmaf(s[i], rate, -of_s), lt = fmaf(t[i], rate, -of_t), u = lt - ls;
-                const float ps = exp2_fast(ls), pt = exp2_fast(lt), r = mixture(u, a.jsd_beta);
+                const float ps = exp2_fast(ls), pt = exp2_fast(lt), r = a.jsd != 0.0f ? mixture(u, a.jsd_beta) : 0.0f;
                 sums.v[0] += times(pt, u);
                 sums.v[1] -= times(ps, u);
                 sums.v[2] -= times(ps, r);
                 sums.v[3] += times(pt, u - r);
             }
         });
-        merge_all(sums, exchange[1], ranks);
+        merge_all(sums, exchange[1], rank, ranks);
     }
 
     const float factor = *a.factor * a.student_scale, ln = a.temperature * kLn2 * factor;
@@ -412,6 +462,7 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
     const float of_reverse = a.reverse_kl * ln, of_jsd = a.jsd * (1.0f - a.jsd_beta) * ln;
     const float flat = a.softcap > 0.0f ? 1.0f / (a.softcap * a.softcap) : 0.0f;
     if (a.grad || MODE == kForwardKl) {
+        Target target(a, a.first + row);
         store.each([&](int col, const float (&s)[4], const float (&t)[4]) {
             float d[4];
 #pragma unroll
@@ -441,34 +492,139 @@ __device__ __forceinline__ void row_of_losses(const DistillRows& a, int rank, in
             if (a.grad) target.store(col, d);
         });
     }
-    if constexpr (MODE == kForwardKl) merge_all(sums, exchange[1], ranks);
+    if constexpr (MODE == kForwardKl) merge_all(sums, exchange[1], rank, ranks);
     if (rank == 0 && threadIdx.x == 0) {
         const float square = a.temperature * a.temperature * kLn2;
-        float ce = 0.0f;
-        if (a.labels) {
-            ce = NAN;  // a label outside of the vocabulary shows
-            if (label >= 0 && label < a.vocabulary) {
-                const float z = Cap(a.student_scale, a.softcap)(a.student[row * a.student_stride + label]);
-                ce = (of_p - z * kLog2e) * kLn2;
-            }
-        }
         a.sums[row * 4] = kTeacher ? sums.v[0] * square : 0.0f;
         a.sums[row * 4 + 1] = a.reverse_kl != 0.0f ? sums.v[1] * square : 0.0f;
         a.sums[row * 4 + 2] =
             a.jsd != 0.0f ? (a.jsd_beta * sums.v[3] + (1.0f - a.jsd_beta) * sums.v[2]) * square : 0.0f;
-        a.sums[row * 4 + 3] = ce;
+        a.sums[row * 4 + 3] = cross_entropy(a, row, label, of_p);
     }
-#if __CUDA_ARCH__ >= 900
-    if (ranks > 1) ptx::cluster_sync_relaxed();  // nobody leaves while its statistics are being read
-#endif
 }
+
+// The usual loss: forward KL, cross-entropy at the same temperature, no cap on the student. Everything of a row that
+// its gradient needs is known after one exchange, and the exponentials of the sums are kept in place of the logits:
+//
+//   sum t log(t / s) = sum e_t (t' - s') / sum e_t  - log Z_t + log Z_s     for logits t', s' over T and e_t = exp(t' -
+//   max) D = (w_kl T + w_ce) s - w_kl T t
+#if __CUDA_ARCH__ >= 900
+struct Forward {
+    static constexpr int kFloats = 5;
+    float max_s, sum_s, max_t, sum_t, cross, rate;
+
+    __device__ __forceinline__ float get(int i) const {
+        return i == 0 ? max_s : i == 1 ? sum_s : i == 2 ? max_t : i == 3 ? sum_t : cross;
+    }
+    __device__ __forceinline__ void set(const float* v) {
+        max_s = v[0], sum_s = v[1], max_t = v[2], sum_t = v[3], cross = v[4];
+    }
+};
+
+// Maxima first: one rescaling, not one a step.
+__device__ __forceinline__ void merge_lanes(Forward& f, int lanes) {
+    float top_s = f.max_s, top_t = f.max_t;
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        top_s = fmaxf(top_s, __shfl_xor_sync(0xffffffff, top_s, offset));
+        top_t = fmaxf(top_t, __shfl_xor_sync(0xffffffff, top_t, offset));
+    }
+    const float by_s = exp2_fast((f.max_s - top_s) * f.rate), by_t = exp2_fast((f.max_t - top_t) * f.rate);
+    f.sum_s *= by_s, f.sum_t *= by_t, f.cross *= by_t;
+    f.max_s = top_s, f.max_t = top_t;
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        f.sum_s += __shfl_xor_sync(0xffffffff, f.sum_s, offset);
+        f.sum_t += __shfl_xor_sync(0xffffffff, f.sum_t, offset);
+        f.cross += __shfl_xor_sync(0xffffffff, f.cross, offset);
+    }
+}
+
+template <int VECS>
+__device__ __forceinline__ void row_of_forward_kl(const DistillRows& a, int rank, int ranks, void* shared) {
+    __shared__ Exchange exchange[1];
+    const int64_t row = blockIdx.x / ranks;
+    const int64_t label = a.labels ? a.labels[row] : -1;
+    if (a.labels && label == a.ignore_index) return write_nothing(a, row, rank, ranks);
+    open(exchange, {Forward::kFloats}, ranks);
+
+    Held<VECS, true> store(a, row, rank, ranks, shared);
+    const float rate = kLog2e / a.temperature;
+    float max_s = kLow, max_t = kLow;
+#pragma unroll
+    for (int i = 0; i < VECS; ++i) {
+        if (store.at(i) < store.end) {
+            const float4 t = store.teacher[i * kThreads];
+            const float (&s)[4] = store.student[i];
+            max_s = fmaxf(fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])), max_s);
+            max_t = fmaxf(fmaxf(fmaxf(t.x, t.y), fmaxf(t.z, t.w)), max_t);
+        }
+    }
+    const float mine_s = max_s * rate, mine_t = max_t * rate;  // what this thread's exponentials are relative to
+    float sum_s = 0.0f, sum_t = 0.0f, cross = 0.0f;
+#pragma unroll
+    for (int i = 0; i < VECS; ++i) {
+        if (store.at(i) < store.end) {
+            const float4 q = store.teacher[i * kThreads];
+            float t[4] = {q.x, q.y, q.z, q.w};
+            float (&s)[4] = store.student[i];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                t[j] = fmaxf(t[j], kLow);  // minus infinity would make 0 * infinity of the product
+                const float apart = t[j] - s[j];
+                s[j] = exp2_fast(fmaf(s[j], rate, -mine_s));
+                t[j] = exp2_fast(fmaf(t[j], rate, -mine_t));
+                sum_s += s[j];
+                sum_t += t[j];
+                cross = fmaf(t[j], apart, cross);
+            }
+            store.teacher[i * kThreads] = make_float4(t[0], t[1], t[2], t[3]);
+        }
+    }
+
+    Forward f{max_s, sum_s, max_t, sum_t, cross, rate};
+    entered(ranks);
+    merge_all(f, exchange[0], rank, ranks);
+
+    const float of_s = fmaf(f.max_s, rate, log2_fast(f.sum_s)), of_t = fmaf(f.max_t, rate, log2_fast(f.sum_t));
+    if (a.grad) {
+        const float factor = *a.factor * a.student_scale;
+        const float of_kl = a.kl * a.temperature * factor, of_ce = a.labels ? a.ce * factor : 0.0f;
+        const float by_s = (of_kl + of_ce) * exp2_fast(mine_s - of_s), by_t = of_kl * exp2_fast(mine_t - of_t);
+        Target target(a, a.first + row);
+#pragma unroll
+        for (int i = 0; i < VECS; ++i) {
+            const int col = store.at(i);
+            if (col < store.end) {
+                const float4 t = store.teacher[i * kThreads];
+                const float (&s)[4] = store.student[i];
+                float d[4] = {fmaf(s[0], by_s, -t.x * by_t), fmaf(s[1], by_s, -t.y * by_t),
+                              fmaf(s[2], by_s, -t.z * by_t), fmaf(s[3], by_s, -t.w * by_t)};
+                if (static_cast<uint64_t>(label - col) < 4) {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) d[j] -= col + j == label ? of_ce : 0.0f;
+                }
+                target.store(col, d);
+            }
+        }
+    }
+    if (rank == 0 && threadIdx.x == 0) {
+        const float kl = fmaf(f.cross / f.sum_t, rate, of_s - of_t);
+        a.sums[row * 4] = kl * a.temperature * a.temperature * kLn2;
+        a.sums[row * 4 + 1] = a.sums[row * 4 + 2] = 0.0f;
+        a.sums[row * 4 + 3] = cross_entropy(a, row, label, of_s);
+    }
+}
+#endif
 
 template <int VECS, Mode MODE>
 __global__ void __launch_bounds__(kThreads, VECS == 8 ? 2 : 1) held_kernel(DistillRows a, int ranks) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ float4 memory[];
     ptx::wait_for_predecessor();
-    row_of_losses<Held<VECS, MODE != kCrossEntropy>, MODE>(a, blockIdx.x % ranks, ranks, memory);
+    if constexpr (MODE == kForwardKl) {
+        row_of_forward_kl<VECS>(a, blockIdx.x % ranks, ranks, memory);
+    } else {
+        row_of_losses<Held<VECS, MODE != kCrossEntropy>, MODE>(a, blockIdx.x % ranks, ranks, memory);
+    }
 #endif
 }
 
@@ -478,24 +634,25 @@ __global__ void __launch_bounds__(kThreads, 2) plain_kernel(DistillRows a) {
     row_of_losses<Plain<MODE != kCrossEntropy>, MODE>(a, 0, 1, nullptr);
 }
 
-template <Mode MODE>
+template <int VECS, Mode MODE>
+bool launch_held(const DistillRows& a, int major, cudaStream_t stream) {
+    constexpr int64_t kColumns = VECS * kThreads * 4;  // of a block
+    int ranks = 1;
+    while (ranks < 8 && ranks * kColumns < a.vocabulary) ranks *= 2;
+    if (ranks * kColumns < a.vocabulary) return false;
+    const int bytes = MODE == kCrossEntropy ? 0 : VECS * kThreads * 16;
+    if (allow_shared_memory<held_kernel<VECS, MODE>>("distill_rows") < bytes) return false;
+    launch_programmatic("distill_rows", held_kernel<VECS, MODE>, dim3(static_cast<unsigned>(a.count * ranks)), kThreads,
+                        bytes, ranks, major, stream, a, ranks);
+    return true;
+}
+
+template <Mode HELD, Mode PLAIN>
 void launch_rows(const DistillRows& a, cudaStream_t stream) {
-    constexpr int kColumns = kThreads * 4;  // of one vector
     const int major = current_device().major;
-    const auto held = [&](auto vecs) {
-        constexpr int kVecs = decltype(vecs)::value;
-        int ranks = 1;
-        while (ranks < 8 && static_cast<int64_t>(ranks) * kVecs * kColumns < a.vocabulary) ranks *= 2;
-        if (static_cast<int64_t>(ranks) * kVecs * kColumns < a.vocabulary) return false;
-        const int bytes = MODE == kCrossEntropy ? 0 : kVecs * kThreads * 16;
-        if (allow_shared_memory<held_kernel<kVecs, MODE>>("distill_rows") < bytes) return false;
-        launch_programmatic("distill_rows", held_kernel<kVecs, MODE>, dim3(static_cast<unsigned>(a.count * ranks)),
-                            kThreads, bytes, ranks, major, stream, a, ranks);
-        return true;
-    };
-    if (major == 9 && (held(std::integral_constant<int, 8>{}) || held(std::integral_constant<int, 16>{}))) return;
-    launch_programmatic("distill_rows", plain_kernel<MODE>, dim3(static_cast<unsigned>(a.count)), kThreads, 0, 1, major,
-                        stream, a);
+    if (major == 9 && (launch_held<8, HELD>(a, major, stream) || launch_held<16, HELD>(a, major, stream))) return;
+    launch_programmatic("distill_rows", plain_kernel<PLAIN>, dim3(static_cast<unsigned>(a.count)), kThreads, 0, 1,
+                        major, stream, a);
 }
 
 template <typename T>
@@ -527,9 +684,10 @@ void distill_rows(const DistillRows& a, cudaStream_t stream) {
     if (a.count == 0 || a.vocabulary == 0) return;
     require(a.vocabulary < (1 << 30) && a.count < (1 << 27),
             "distill_rows: " + std::to_string(a.count) + " rows of " + std::to_string(a.vocabulary) + " are too many");
-    if (!a.teacher) return launch_rows<kCrossEntropy>(a, stream);
-    if (a.reverse_kl == 0.0f && a.jsd == 0.0f) return launch_rows<kForwardKl>(a, stream);
-    launch_rows<kAll>(a, stream);
+    if (!a.teacher) return launch_rows<kCrossEntropy, kCrossEntropy>(a, stream);
+    if (a.reverse_kl != 0.0f || a.jsd != 0.0f) return launch_rows<kAll, kAll>(a, stream);
+    const bool usual = a.softcap <= 0.0f && (!a.labels || a.temperature == 1.0f);
+    usual ? launch_rows<kForwardKl, kForwardKl>(a, stream) : launch_rows<kAll, kForwardKl>(a, stream);
 }
 
 void distill_scale(void* t, int dtype, int64_t count, const float* factor, float scale, cudaStream_t stream) {

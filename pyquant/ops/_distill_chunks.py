@@ -31,7 +31,8 @@ from pyquant.ops.distill_rows import PARTS, aligned, distill_rows
 SCRATCH = 512 << 20  # bytes for logits and their gradients where the head's gradient does not lend its own
 LEND = 1  # 0: dw never lends its memory (for measurements)
 OVERLAP = 0  # 1: rows of a chunk beside the products of the next, which halves the chunks (for measurements)
-BLOCK = 132 * 128  # columns of one product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
+BLOCK = 264 * 128  # columns of a product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
+LOGITS = 0  # columns of logits in one product, 0 for all (for measurements)
 MOST_ROWS = 2048  # of a chunk: more does not make the products faster
 MOST_SEGMENT = 8192
 _ALIGN = 256  # bytes
@@ -270,16 +271,23 @@ def _side_stream(device: int) -> Any:
     return torch.cuda.Stream(device, priority=-1)
 
 
+def _head(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """``out = x @ weight^T``, LOGITS columns at a time."""
+    columns = LOGITS or weight.shape[0]
+    for start in range(0, weight.shape[0], columns):
+        _product(out[:, start : start + columns], x, weight[start : start + columns].T)
+
+
 def _logits(inputs: Inputs, segment: _Segment, slot: int, first: int, count: int, most: int) -> tuple:
     """(student's logits, teacher's or None, the factor that the teacher's still need) of ``count`` tokens."""
     how, wide, here = inputs.how, _wide(inputs.x.dtype), slice(first, first + count)
     student = segment.logits(2 * slot, count, most, wide)
-    _product(student, inputs.x[here], inputs.weight.T)
+    _head(student, inputs.x[here], inputs.weight)
     if not how.divergence:
         return student, None, 1.0
     if inputs.teacher_logits is None:
         teacher = segment.logits(2 * slot + 1, count, most, wide)
-        _product(teacher, inputs.teacher_x[here], inputs.teacher_weight.T)
+        _head(teacher, inputs.teacher_x[here], inputs.teacher_weight)
         return student, teacher, how.logit_scale
     teacher = inputs.teacher_logits[here]
     if not aligned(inputs.teacher_logits):
