@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import distill_cases
 import pytest
 import torch
 from distill_cases import MIXES, error, expected, make
 
+from benchmarks import plots, tables
 from cases import unit_roundoff
 from pyquant import reference
 from pyquant.ops import _distill_chunks as distill
 from pyquant.ops import distill_loss
+from pyquant.ops.distill_rows import aligned
 from pyquant.recipes.kd_qat import KDLoss, kd_loss
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -359,6 +363,42 @@ def test_sample_calls_reach_every_argument():
     assert (
         {c[1] is None for c in calls} == {c[3] is None for c in calls} == {c[4] is None for c in calls} == {True, False}
     )
+
+
+def test_aligned_rows():
+    assert aligned(torch.empty(9, 48)[:, :45])
+    assert aligned(torch.empty(9, 48))
+    assert not aligned(torch.empty(9, 45))
+    assert not aligned(torch.empty(9, 56)[:, 1:49])
+    assert not aligned(torch.empty(48, 9).T)
+    assert not aligned(torch.empty(8 * 48 + 45).as_strided((9, 45), (48, 1)))  # its last piece lies outside
+
+
+# ------------------------------------------------------------------------------------------------ benchmark
+
+
+def test_table_and_picture():
+    meta = {"gpu": "G", "torch": "2", "date": "d", "commit": "c" * 40, "ceilings": {"read_tbps": 1, "bf16_tflops": 2}}
+    rows = [
+        {"op": "distill memory", "impl": name, "T": t, "H": 4, "V": 8, "beyond_gradients_gib": gib}
+        for name, t, gib in (("pyquant", 2048, 0.05), ("pyquant", 8192, 0.5), ("torch-eager", 2048, 9.0))
+    ]
+    measured = {"us": 12850.0, "peak_extra_gib": 1.09, "rel_err": 0.0018, "rel_err_weight": 0.0021}
+    rows.append({"op": "distill kl", "impl": "pyquant", **measured})
+    found = {"meta": meta, "rows": rows}
+    assert tables.distill(found).splitlines()[-1] == "| KL | **pyquant** | 12.8 | 1.09 | 1.8e-3 | 2.1e-3 |"
+    picture = plots.draw_memory(found)
+    assert picture.count("<polyline") == 2
+    rows[1]["beyond_gradients_gib"] = 1.0
+    assert plots.draw_memory(found) != picture
+
+
+def test_the_picture_is_that_of_the_results():
+    folder = Path(plots.RESULTS)
+    if not (folder / "distill.json").is_file():
+        pytest.skip("no results of the distill family in benchmarks/results/h200")
+    found = json.loads((folder / "distill.json").read_text())
+    assert plots.draw_memory(found) == (folder / "distill.svg").read_text(), "run python -m benchmarks.plots"
 
 
 # ------------------------------------------------------------------------------------------------ torch.compile

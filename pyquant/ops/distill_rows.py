@@ -81,8 +81,11 @@ def aligned(t: Tensor | None) -> bool:
     and what lies between V and the next multiple of 8 belongs to the row."""
     if t is None:
         return True
-    padded = -(-t.shape[1] // 8) * 8
-    return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= padded
+    padded, rows = -(-t.shape[1] // 8) * 8, t.shape[0]
+    end = t.storage_offset() + (rows - 1) * t.stride(0) + padded
+    inside = end * t.element_size() <= t.untyped_storage().nbytes()
+    starts = t.data_ptr() % 16 == 0 and t.stride(0) % 8 == 0 and t.stride(0) >= padded
+    return t.stride(1) == 1 and starts and inside
 
 
 def _rows_declines(
