@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from benchmarks.timing import graph_us
 from pyquant import reference
 from pyquant.ops import _distill_chunks as ours
 from pyquant.ops import distill_loss
@@ -292,10 +293,8 @@ def variants(data: Data, kind: str = "kl") -> None:
     """Print times and peaks of our step with other sizes, the settled ones before and after."""
     base = ours.BLOCK
     tried: list[tuple[str, dict[str, int], dict[str, int]]] = [("as it is", {}, {})]
-    # a product of 512 rows has 4 tiles of 128 by 320 a column: 396 of them are 12 whole waves of 132 multiprocessors
-    tried += [("LOGITS=126720", {}, {"LOGITS": 126720}), ("LOGITS=63360", {}, {"LOGITS": 63360})]
-    tried += [("chunk=384", {"chunk": 384}, {}), ("BLOCK / 2", {}, {"BLOCK": base // 2})]
-    tried += [("OVERLAP", {}, {"OVERLAP": 1}), ("OVERLAP, LOGITS=63360", {}, {"OVERLAP": 1, "LOGITS": 63360})]
+    tried += [("logits in one product", {}, {"LOGITS": 1 << 30}), ("BLOCK * 2", {}, {"BLOCK": base * 2})]
+    tried += [("chunk=256", {"chunk": 256}, {}), ("chunk=384", {"chunk": 384}, {})]
     tried += [("always scratch, 512 MiB", {}, {"LEND": 0}), ("as it is", {}, {})]
     for what, options, constants in tried:
         with setting(**constants):
@@ -303,6 +302,16 @@ def variants(data: Data, kind: str = "kl") -> None:
             time.sleep(1)
             ms = step_ms(lambda loss=loss: data.step(loss))
             print(f"{kind} {what}: {ms:.2f} ms, {peak_extra(data, loss) / GIB:.3f} GiB", flush=True)
+    loss = pyquant(kind)
+    chosen = torch.backends.cuda.preferred_blas_library()
+    for library in ("cublas", "cublaslt"):
+        torch.backends.cuda.preferred_blas_library(library)
+        time.sleep(1)
+        print(f"{kind} products by {library}: {step_ms(lambda: data.step(loss)):.2f} ms", flush=True)
+    torch.backends.cuda.preferred_blas_library(chosen)
+    data.x.grad = data.weight.grad = None
+    captured = graph_us([lambda: data.step(loss)])
+    print(f"{kind} in a CUDA graph: {captured / 1e3:.2f} ms; products alone now {products_ms(data):.2f} ms", flush=True)
 
 
 def detail(data: Data, kind: str = "kl", steps: int = 5) -> None:

@@ -34,6 +34,7 @@ def memory(request, monkeypatch):
         monkeypatch.setattr(distill, "LEND", int(request.param == "narrow"))
     if request.param != "scratch":
         monkeypatch.setattr(distill, "BLOCK", 16)
+        monkeypatch.setattr(distill, "LOGITS", 24)
     return request.param
 
 

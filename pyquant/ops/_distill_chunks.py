@@ -31,8 +31,10 @@ from pyquant.ops.distill_rows import PARTS, aligned, distill_rows
 SCRATCH = 512 << 20  # bytes for logits and their gradients where the head's gradient does not lend its own
 LEND = 1  # 0: dw never lends its memory (for measurements)
 OVERLAP = 0  # 1: rows of a chunk beside the products of the next, which halves the chunks (for measurements)
-BLOCK = 264 * 128  # columns of a product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
-LOGITS = 0  # columns of logits in one product, 0 for all (for measurements)
+BLOCK = 132 * 128  # columns of a product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
+LOGITS = (
+    33 * 320
+)  # 4 x 33 tiles of 128 x 320 are a whole wave of 132 multiprocessors: so many columns, and the rest apart
 MOST_ROWS = 2048  # of a chunk: more does not make the products faster
 MOST_SEGMENT = 8192
 _ALIGN = 256  # bytes
@@ -272,10 +274,11 @@ def _side_stream(device: int) -> Any:
 
 
 def _head(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """``out = x @ weight^T``, LOGITS columns at a time."""
-    columns = LOGITS or weight.shape[0]
-    for start in range(0, weight.shape[0], columns):
-        _product(out[:, start : start + columns], x, weight[start : start + columns].T)
+    """``out = x @ weight^T`` in whole waves of tiles, and what is left."""
+    whole = weight.shape[0] // LOGITS * LOGITS
+    for part in (slice(0, whole), slice(whole, weight.shape[0])):
+        if part.start < part.stop:
+            _product(out[:, part], x, weight[part].T)
 
 
 def _logits(inputs: Inputs, segment: _Segment, slot: int, first: int, count: int, most: int) -> tuple:
