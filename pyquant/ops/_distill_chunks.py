@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +29,6 @@ from pyquant.ops.distill_rows import PARTS, aligned, distill_rows
 
 SCRATCH = 512 << 20  # bytes for logits and their gradients where the head's gradient does not lend its own
 LEND = 1  # 0: dw never lends its memory (for measurements)
-OVERLAP = 0  # 1: rows of a chunk beside the products of the next, which halves the chunks (for measurements)
 BLOCK = 132 * 128  # columns of a product: 132 multiprocessors have whole tiles of 128 of it, whatever H is
 LOGITS = (
     33 * 320
@@ -230,9 +228,7 @@ def forward(inputs: Inputs, dx: Tensor | None, dw: Tensor | None, scale: float) 
                 scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
             rows = _even(tokens - done, most.rows)
             plan, arena = _Plan(rows, min(most.chunk, rows)), scratch
-        overlap = bool(OVERLAP) and x.is_cuda and plan.chunk > 1
-        most_rows = plan.chunk // 2 if overlap else plan.chunk
-        chunk = _even(plan.rows, min(most_rows, how.chunk or most_rows))
+        chunk = _even(plan.rows, min(plan.chunk, how.chunk or plan.chunk))
         segment = _Segment(arena, plan.rows, vocabulary, x.dtype if gradients else None)
         _chunks(inputs, segment, done, chunk, sums, factor)
         if gradients:
@@ -249,28 +245,9 @@ def forward(inputs: Inputs, dx: Tensor | None, dw: Tensor | None, scale: float) 
 
 def _chunks(inputs: Inputs, segment: _Segment, done: int, chunk: int, sums: Tensor, factor: Tensor) -> None:
     """Losses and D of the tokens of a segment, the first of which is token ``done``."""
-    slots = 2 if OVERLAP and inputs.x.is_cuda and chunk < segment.rows else 1
-    if slots == 1:
-        for first in range(0, segment.rows, chunk):
-            logits = _logits(inputs, segment, 0, done + first, min(chunk, segment.rows - first), chunk)
-            _rows(inputs, segment, logits, done, first, sums, factor)
-        return
-    # products of one chunk on a stream of their own, beside the rows of the one before, which has other memory
-    rows_stream, products = torch.cuda.current_stream(), _side_stream(inputs.x.device.index)
-    free = [rows_stream.record_event()] * slots
-    for i, first in enumerate(range(0, segment.rows, chunk)):
-        with torch.cuda.stream(products):
-            products.wait_event(free[i % slots])
-            logits = _logits(inputs, segment, i % slots, done + first, min(chunk, segment.rows - first), chunk)
-            ready = products.record_event()
-        rows_stream.wait_event(ready)
+    for first in range(0, segment.rows, chunk):
+        logits = _logits(inputs, segment, done + first, min(chunk, segment.rows - first), chunk)
         _rows(inputs, segment, logits, done, first, sums, factor)
-        free[i % slots] = rows_stream.record_event()
-
-
-@functools.cache
-def _side_stream(device: int) -> Any:
-    return torch.cuda.Stream(device, priority=-1)
 
 
 def _head(out: Tensor, x: Tensor, weight: Tensor) -> None:
@@ -281,20 +258,20 @@ def _head(out: Tensor, x: Tensor, weight: Tensor) -> None:
             _product(out[:, part], x, weight[part].T)
 
 
-def _logits(inputs: Inputs, segment: _Segment, slot: int, first: int, count: int, most: int) -> tuple:
+def _logits(inputs: Inputs, segment: _Segment, first: int, count: int, most: int) -> tuple:
     """(student's logits, teacher's or None, the factor that the teacher's still need) of ``count`` tokens."""
     how, wide, here = inputs.how, _wide(inputs.x.dtype), slice(first, first + count)
-    student = segment.logits(2 * slot, count, most, wide)
+    student = segment.logits(0, count, most, wide)
     _head(student, inputs.x[here], inputs.weight)
     if not how.divergence:
         return student, None, 1.0
     if inputs.teacher_logits is None:
-        teacher = segment.logits(2 * slot + 1, count, most, wide)
+        teacher = segment.logits(1, count, most, wide)
         _head(teacher, inputs.teacher_x[here], inputs.teacher_weight)
         return student, teacher, how.logit_scale
     teacher = inputs.teacher_logits[here]
     if not aligned(inputs.teacher_logits):
-        teacher = segment.logits(2 * slot + 1, count, most, wide).copy_(teacher)
+        teacher = segment.logits(1, count, most, wide).copy_(teacher)
     return student, teacher, 1.0
 
 
