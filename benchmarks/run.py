@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
+from benchmarks.distill import distill_rows
 from benchmarks.fake_quant import fake_quant_rows
 from benchmarks.timing import chain_us, copies_for, meta
 
@@ -63,7 +64,7 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
     return rows
 
 
-FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows}
+FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows, "distill": distill_rows}
 
 
 def main() -> None:

@@ -77,6 +77,35 @@ def fake_quant() -> str:
     return _about(found["meta"]) + "\n\n" + _table(head, rows)
 
 
+def distill(found: dict | None = None) -> str:
+    """Milliseconds, memory and error of the distillation loss and its peers."""
+    found = found or _load("h200/distill.json")
+    names = {
+        "pyquant": "**pyquant**", "torch-eager": "torch eager", "torch-compile": "torch.compile",
+        "liger-fused-jsd": "Liger LigerFusedLinearJSD", "liger-chunked-jsd": "Liger chunked JSD",
+        "liger-fused-kl": "Liger LigerFusedLinearKLDivLoss",
+    }  # fmt: skip
+    labels = {"distill kl": "KL", "distill jsd": "JSD", "distill kl+ce": "KL + CE"}
+    rows = []
+    for row in found["rows"]:
+        if row["op"] == "four products":
+            about = "four matrix products alone"
+            rows.append(["", about, f"{row['us'] / 1e3:.1f}", "", "", ""])
+        elif row["op"] in labels:
+            errors = [f"{1e3 * row[name]:.1f}e-3" for name in ("rel_err", "rel_err_weight")]
+            rows.append(
+                [
+                    labels[row["op"]],
+                    names[row["impl"]],
+                    f"{row['us'] / 1e3:.1f}",
+                    f"{row['peak_extra_gib']:.2f}",
+                    *errors,
+                ]
+            )
+    head = ["", "", "ms", "peak GiB beside the inputs", "error of grad_x", "error of grad_weight"]
+    return _about(found["meta"]) + "\n\n" + _table(head, rows)
+
+
 def accuracy(name: str = "h200/accuracy.json") -> str:
     """Perplexities before and after, from the reports of ``pyquant quantize``."""
     found = _load(name)
@@ -226,6 +255,7 @@ def tasks() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "fake_quant": fake_quant,
+    "distill": distill,
     "accuracy": accuracy,
     "ptq": ptq,
     "end_to_end": end_to_end,

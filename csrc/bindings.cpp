@@ -109,6 +109,44 @@ void fake_quant_backward(uintptr_t grad, int64_t grad_stride, uintptr_t w, int d
                                  as_stream(stream));
 }
 
+void distill_rows(uintptr_t sums, uintptr_t grad, int grad_dtype, uintptr_t student, int64_t student_stride,
+                  uintptr_t teacher, int teacher_dtype, int64_t teacher_stride, uintptr_t labels, uintptr_t factor,
+                  int64_t ignore_index, float kl, float reverse_kl, float jsd, float jsd_beta, float ce,
+                  float temperature, float softcap, float teacher_softcap, float student_scale, float teacher_scale,
+                  int64_t count, int64_t vocabulary, int64_t first, int64_t rows, int block, uintptr_t stream) {
+    const pyquant::DistillRows a{at<float>(sums),
+                                 at<void>(grad),
+                                 grad_dtype,
+                                 at<float>(student),
+                                 student_stride,
+                                 at<void>(teacher),
+                                 teacher_dtype,
+                                 teacher_stride,
+                                 at<int64_t>(labels),
+                                 at<float>(factor),
+                                 ignore_index,
+                                 kl,
+                                 reverse_kl,
+                                 jsd,
+                                 jsd_beta,
+                                 ce,
+                                 temperature,
+                                 softcap,
+                                 teacher_softcap,
+                                 student_scale,
+                                 teacher_scale,
+                                 count,
+                                 vocabulary,
+                                 first,
+                                 rows,
+                                 block};
+    pyquant::distill_rows(a, as_stream(stream));
+}
+
+void distill_scale(uintptr_t t, int dtype, int64_t count, uintptr_t factor, float scale, uintptr_t stream) {
+    pyquant::distill_scale(at<void>(t), dtype, count, at<float>(factor), scale, as_stream(stream));
+}
+
 void rms_norm(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, int dtype, uintptr_t weight,
               uintptr_t y, uintptr_t sum, int64_t m, int64_t k, float eps, uintptr_t stream) {
     pyquant::rms_norm(at<void>(x), x_stride, at<void>(residual), residual_stride, dtype, at<void>(weight), at<void>(y),
@@ -190,6 +228,8 @@ PYBIND11_MODULE(_C, m) {
           "The id of the graph that a stream is being captured into, or 0.");
     m.def("fake_quant", &fake_quant);
     m.def("fake_quant_backward", &fake_quant_backward);
+    m.def("distill_rows", &distill_rows);
+    m.def("distill_scale", &distill_scale);
     py::class_<pyquant::AttentionArguments>(m, "AttentionArguments").def(py::init(&attention_arguments));
     m.def("rms_norm", &rms_norm);
     m.def("silu_and_mul", &silu_and_mul);

@@ -61,6 +61,29 @@ struct FakeQuantCall {
 void fake_quant(const FakeQuantCall& call, cudaStream_t stream);
 void fake_quant_backward(const FakeQuantCall& call, cudaStream_t stream);
 
+// Rows of logits of a distillation step: csrc/distill.cu says what is computed. grad null: losses only; teacher null:
+// cross-entropy only; labels null: every row counts. softcap 0: none. student and teacher have rows at 16 bytes.
+struct DistillRows {
+    float* sums;  // [count, 4]
+    void* grad;   // in blocks of columns, of a matrix [rows, vocabulary]; row 0 here is its row `first`
+    int grad_dtype;
+    const float* student;
+    int64_t student_stride;
+    const void* teacher;
+    int teacher_dtype;
+    int64_t teacher_stride;
+    const int64_t* labels;
+    const float* factor;
+    int64_t ignore_index;
+    float kl, reverse_kl, jsd, jsd_beta, ce, temperature, softcap, teacher_softcap, student_scale, teacher_scale;
+    int64_t count, vocabulary, first, rows;
+    int block;
+};
+void distill_rows(const DistillRows& a, cudaStream_t stream);
+
+// t *= *factor * scale, in place; where that is 1 nothing is touched.
+void distill_scale(void* t, int dtype, int64_t count, const float* factor, float scale, cudaStream_t stream);
+
 // ---- the kernels of a decode step around the matrix products
 
 // y [m, k] contiguous = x * rsqrt(mean(x^2) + eps) * weight; with a residual, sum = x + residual is written and takes

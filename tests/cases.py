@@ -426,5 +426,6 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         calls["linear_w4a16"].append((leaf(wide), qweight, scale, zero, None, 70, 32))
         calls["linear_w4a16_backward"].append((wide[..., :70], qweight, scale, zero, 100, 32))
     import decode_cases  # here, as it imports this file
+    import distill_cases
 
-    return {**calls, **decode_cases.sample_calls(device)}
+    return {**calls, **decode_cases.sample_calls(device), **distill_cases.sample_calls(device)}
