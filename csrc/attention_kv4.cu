@@ -40,6 +40,7 @@ constexpr int kPageTokens = 64, kTileTokens = 16;
 constexpr float kNothing = -1e30f;  // a score that weighs nothing; finite, so that differences are numbers
 constexpr float kPGain = 256.0f;    // keeps small probabilities times V's scales away from fp16's smallest numbers
 constexpr int kMaxBatch = 256;
+constexpr int64_t kCounters = 1 << 14;  // at the beginning of the workspace, one a (sequence, KV head)
 
 template <typename T>
 struct Call {
@@ -790,9 +791,8 @@ void with_rows(const Call<T>& call, int rows, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t attention_kv4_workspace(int64_t batch, int64_t kv_heads, int64_t head_size, int multiprocessors) {
-    const int64_t counters = (batch * kv_heads * 4 + 15) / 16 * 16;
-    return counters + int64_t{2} * 2 * multiprocessors * 32 * (head_size + 2) * 4;
+int64_t attention_kv4_workspace(int64_t head_size, int multiprocessors) {
+    return kCounters * 4 + int64_t{2} * 2 * multiprocessors * 32 * (head_size + 2) * 4;
 }
 
 void attention_kv4(const Kv4Arguments& a, cudaStream_t stream) {
@@ -804,13 +804,14 @@ void attention_kv4(const Kv4Arguments& a, cudaStream_t stream) {
         "attention_kv4: " + std::to_string(a.heads) + " query heads do not divide over " + std::to_string(a.kv_heads));
     require(rows <= (d > 128 ? 16 : 32), "attention_kv4: " + std::to_string(group) + " query heads a KV head times " +
                                              std::to_string(a.tokens) + " tokens are too many rows");
-    require(a.batch <= kMaxBatch, "attention_kv4: at most " + std::to_string(kMaxBatch) + " sequences");
+    require(a.batch <= kMaxBatch && a.batch * a.kv_heads <= kCounters,
+            "attention_kv4: at most " + std::to_string(kMaxBatch) + " sequences and " + std::to_string(kCounters) +
+                " KV heads of all of them");
     const auto run = [&](auto type) {
         using T = decltype(type);
         constexpr float kLog2e = 1.4426950408889634f;
         const bool capped = a.softcap > 0.0f;
         char* const space = static_cast<char*>(a.workspace);
-        const int64_t counters = (a.batch * a.kv_heads * 4 + 15) / 16 * 16;
         const Call<T> call{static_cast<const T*>(a.q),
                            a.q_batch_stride,
                            a.q_token_stride,
@@ -821,7 +822,7 @@ void attention_kv4(const Kv4Arguments& a, cudaStream_t stream) {
                            a.segments,
                            static_cast<T*>(a.out),
                            a.lse,
-                           reinterpret_cast<float*>(space + counters),
+                           reinterpret_cast<float*>(space + kCounters * 4),
                            reinterpret_cast<unsigned*>(space),
                            capped ? a.scaling / a.softcap : a.scaling * kLog2e,
                            capped ? a.softcap * kLog2e : 0.0f,

@@ -180,6 +180,37 @@ void attention_decode(const pyquant::AttentionArguments& a, uintptr_t cos, uintp
                               as_stream(stream));
 }
 
+void attention_kv4(uintptr_t q, int64_t q_batch_stride, int64_t q_token_stride, int dtype, uintptr_t prompt,
+                   int64_t prompt_batch_stride, int64_t prompt_tiles, uintptr_t pages, int64_t page_capacity,
+                   uintptr_t window, int64_t ring_tiles, uintptr_t segments, uintptr_t out, uintptr_t lse,
+                   uintptr_t workspace, float scaling, float softcap, int64_t batch, int64_t tokens, int64_t heads,
+                   int64_t kv_heads, int64_t head_size, bool early, uintptr_t stream) {
+    pyquant::attention_kv4({at<void>(q),
+                            q_batch_stride,
+                            q_token_stride,
+                            dtype,
+                            at<void>(prompt),
+                            prompt_batch_stride,
+                            prompt_tiles,
+                            at<void>(pages),
+                            page_capacity,
+                            at<void>(window),
+                            ring_tiles,
+                            at<int>(segments),
+                            at<void>(out),
+                            at<float>(lse),
+                            at<void>(workspace),
+                            scaling,
+                            softcap,
+                            batch,
+                            tokens,
+                            heads,
+                            kv_heads,
+                            head_size,
+                            early},
+                           as_stream(stream));
+}
+
 void greedy_append(uintptr_t logits, int64_t stride, int dtype, int64_t rows, int64_t columns, uintptr_t tokens,
                    int64_t token_stride, int64_t width, uintptr_t ids, uintptr_t slot, uintptr_t unfinished,
                    uintptr_t length, uintptr_t eos, int64_t eos_count, int64_t pad, uintptr_t stream) {
@@ -235,5 +266,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("silu_and_mul", &silu_and_mul);
     m.def("rope_append", &rope_append);
     m.def("attention_decode", &attention_decode);
+    m.def("attention_kv4", &attention_kv4);
+    m.def("attention_kv4_workspace", &pyquant::attention_kv4_workspace, py::arg("head_size"),
+          py::arg("multiprocessors"));
     m.def("greedy_append", &greedy_append);
 }

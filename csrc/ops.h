@@ -138,7 +138,7 @@ struct Kv4Arguments {
     int64_t batch, tokens, heads, kv_heads, head_size;
     bool early;
 };
-int64_t attention_kv4_workspace(int64_t batch, int64_t kv_heads, int64_t head_size, int multiprocessors);
+int64_t attention_kv4_workspace(int64_t head_size, int multiprocessors);
 void attention_kv4(const Kv4Arguments& a, cudaStream_t stream);
 
 // What greedy_append updates: csrc/sample.cu says how. eos null: sequences do not end.

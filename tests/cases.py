@@ -427,5 +427,11 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         calls["linear_w4a16_backward"].append((wide[..., :70], qweight, scale, zero, 100, 32))
     import decode_cases  # here, as it imports this file
     import distill_cases
+    import kv4_cases
 
-    return {**calls, **decode_cases.sample_calls(device), **distill_cases.sample_calls(device)}
+    return {
+        **calls,
+        **decode_cases.sample_calls(device),
+        **distill_cases.sample_calls(device),
+        **kv4_cases.sample_calls(device),
+    }

@@ -11,6 +11,7 @@ from pyquant import reference
 from pyquant.formats.int4 import STRIP
 from pyquant.ops._checks import check, check_device, check_floats, check_tiled
 from pyquant.ops._registry import Backend, define, extension, kernels, needs_torch
+from pyquant.ops._workspace import workspace
 from pyquant.ops.quantize import _dequantize, dtype_code, pointer, stream
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -35,23 +36,14 @@ def _multiprocessors(device: int) -> int:
     return properties.multi_processor_count if properties.major == 9 else 0
 
 
-_workspaces: dict[tuple[int, int], tuple[int, Tensor]] = {}
-
-
 def _workspace(device: int, stream_handle: int) -> Tensor:
-    """Where the blocks of one launch leave parts of tiles for each other; see csrc/ops.h.
+    """Where the blocks of one launch leave parts of tiles for each other; see csrc/ops.h."""
+    return workspace("linear", device, stream_handle, _workspace_bytes(device))
 
-    Launches of one stream follow each other, so they share one. A graph that is being captured gets its own, zeroed by
-    the graph itself, since it may be replayed on any stream: while the capture lasts it is kept here, and afterwards the
-    graph's memory pool holds it.
-    """
-    capture = extension().capture_id(stream_handle)
-    made_for, space = _workspaces.get((device, stream_handle), (None, None))
-    if made_for != capture:
-        size = extension().linear_workspace(_multiprocessors(device))
-        space = torch.zeros(size, dtype=torch.uint8, device=torch.device("cuda", device))
-        _workspaces[device, stream_handle] = capture, space
-    return space
+
+@functools.cache
+def _workspace_bytes(device: int) -> int:
+    return extension().linear_workspace(_multiprocessors(device))
 
 
 def _linear_fake(

@@ -4,6 +4,7 @@ Same names and argument order as :mod:`pyquant.ops`; arithmetic in fp32 (fp64 in
 Notation in :mod:`pyquant.formats`.
 """
 
+from pyquant.reference.attention_kv4 import attention_kv4, kv4_values
 from pyquant.reference.decode import (
     add_rms_norm,
     append,
@@ -22,6 +23,7 @@ __all__ = [
     "add_rms_norm",
     "append",
     "attention_decode",
+    "attention_kv4",
     "dequantize_int4",
     "distill_blocks",
     "distill_logits",
@@ -30,6 +32,7 @@ __all__ = [
     "fake_quant",
     "fake_quant_backward",
     "greedy_append",
+    "kv4_values",
     "linear_w4a16",
     "linear_w4a16_backward",
     "quantize_int4",

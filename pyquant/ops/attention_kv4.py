@@ -1,0 +1,172 @@
+"""attention_kv4: a few query tokens a sequence against a KV cache in mixed precision; append_kv4: new tokens into it.
+
+The cache of one layer is four tensors, laid out by :mod:`pyquant.formats.kv4`::
+
+    prompt   16 bit  [B or 1, Hkv, prompt tiles, 32 D]    the first tokens; one prompt for the batch where the size is 1
+    pages    uint8   [B, Hkv, page capacity, 68 D + 256]  64 tokens each, 4 bits a value
+    window   16 bit  [B, Hkv, ring tiles, 32 D]           the newest tokens
+    segments int32   [B, 3]                               prompt tokens, pages, length; read on the device
+
+Neither op has a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from pyquant import reference
+from pyquant.formats import kv4
+from pyquant.ops._checks import check, check_device, check_floats, check_no_grad
+from pyquant.ops._registry import Backend, define, extension, needs_torch
+from pyquant.ops._workspace import workspace
+from pyquant.ops.norm import only_halves
+from pyquant.ops.quantize import dtype_code, pointer, stream
+
+MAX_BATCH = 256  # of the CUDA kernels
+MAX_HEADS = 1 << 14  # sequences times KV heads
+
+
+def max_rows(head_size: int) -> int:
+    """Query heads a KV head times query tokens that the CUDA kernel takes."""
+    return 16 if head_size > 128 else 32
+
+
+def _check_cache(op: str, x: Tensor, kv_heads: int, parts: dict[str, Tensor], segments: Tensor) -> None:
+    """The parts of a cache fit x ``[B, T, heads, D]`` and each other."""
+    batch, size = x.shape[0], x.shape[3]
+    check(size % 16 == 0 and size > 0, f"{op}: head size {size} must be a multiple of 16")
+    widths = {"prompt": kv4.tile_values(size), "pages": kv4.page_bytes(size), "window": kv4.tile_values(size)}
+    for name, t in parts.items():
+        fits = t.dim() == 4 and (t.shape[0] == batch or (name == "prompt" and t.shape[0] == 1))
+        check(
+            fits and t.shape[1] == kv_heads and t.shape[3] == widths[name],
+            f"{op}: {name} must be [{'1 or ' if name == 'prompt' else ''}{batch}, {kv_heads}, n, {widths[name]}] for head "
+            f"size {size}, got {tuple(t.shape)}",
+        )
+        want = torch.uint8 if name == "pages" else x.dtype
+        check(t.dtype == want, f"{op}: {name} must be {want}, not {t.dtype}")
+        check(t.is_contiguous(), f"{op}: {name} must be contiguous")
+    check(parts["window"].shape[2] > 0, f"{op}: the window's ring has no tiles")
+    check(
+        segments.dtype == torch.int32 and tuple(segments.shape) == (batch, 3) and segments.is_contiguous(),
+        f"{op}: segments must be contiguous int32 [{batch}, 3], got {segments.dtype} {tuple(segments.shape)}",
+    )
+    check_device(op, x, segments=segments, **parts)
+
+
+def _declines_cache(x: Tensor, kv_heads: int, parts: tuple[Tensor, ...]) -> str | None:
+    if why := only_halves(x):
+        return why
+    batch, size = x.shape[0], x.shape[3]
+    if size not in kv4.HEAD_SIZES:
+        return f"head size {size} is none of {kv4.HEAD_SIZES}"
+    if batch > MAX_BATCH or batch * kv_heads > MAX_HEADS:
+        return f"more than {MAX_BATCH} sequences, or {MAX_HEADS} KV heads of all of them"
+    if any(t.data_ptr() % 16 for t in parts):
+        return "the cache is not aligned to 16 bytes"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
+    op = "attention_kv4"
+    check(q.dim() == 4, f"{op}: q must be [B, T, Hq, D], got shape {tuple(q.shape)}")
+    check_floats(op, "q", q)
+    check(window.dim() == 4, f"{op}: window must be [B, Hkv, ring tiles, 32 D], got shape {tuple(window.shape)}")
+    heads, kv_heads = q.shape[2], window.shape[1]
+    check(
+        kv_heads > 0 and heads > 0 and heads % kv_heads == 0,
+        f"{op}: {heads} query heads do not divide over {kv_heads} KV heads",
+    )
+    check(softcap >= 0, f"{op}: softcap={softcap} must be 0 (none) or positive")
+    _check_cache(op, q, kv_heads, {"prompt": prompt, "pages": pages, "window": window}, segments)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _attention_declines(q, prompt, pages, window, segments, *args) -> str | None:
+    if why := _declines_cache(q, window.shape[1], (prompt, pages, window)):
+        return why
+    rows, most = q.shape[2] // window.shape[1] * q.shape[1], max_rows(q.shape[3])
+    return None if rows <= most else f"{rows} query rows a KV head are more than {most}"
+
+
+@functools.cache
+def _workspace_bytes(device: int, head_size: int) -> int:
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return extension().attention_kv4_workspace(head_size, count)
+
+
+def _attention_cuda(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
+    if not out.numel():
+        return out, lse
+    batch, tokens, heads, size = q.shape
+    if q.stride(3) != 1 or q.stride(2) != size or q.stride(0) % 2 or q.stride(1) % 2 or q.data_ptr() % 4:
+        q = q.clone(memory_format=torch.contiguous_format)  # its values are read in pairs
+    handle, device = stream(), q.device.index
+    space = workspace("attention_kv4", device, handle, _workspace_bytes(device, size))
+    extension().attention_kv4(
+        q.data_ptr(), q.stride(0), q.stride(1), dtype_code(q.dtype), prompt.data_ptr(),
+        0 if len(prompt) == 1 else prompt.stride(0), prompt.shape[2], pages.data_ptr(), pages.shape[2],
+        window.data_ptr(), window.shape[2], segments.data_ptr(), out.data_ptr(), lse.data_ptr(), pointer(space),
+        scaling, softcap, batch, tokens, heads, window.shape[1], size, early, handle,
+    )  # fmt: skip
+    return out, lse
+
+
+def _attention_torch(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
+    if not out.numel():
+        return out, lse
+    return reference.attention_kv4(q, prompt, pages, window, segments, scaling, softcap, early)
+
+
+_attention = define(
+    "attention_kv4(Tensor q, Tensor prompt, Tensor pages, Tensor window, Tensor segments, float scaling, float softcap, "
+    "bool early) -> (Tensor, Tensor)",
+    fake=_attention_fake,
+    backends={"cuda": Backend(_attention_cuda, _attention_declines), "torch": Backend(_attention_torch)},
+)
+
+
+def attention_kv4(
+    q: Tensor,
+    prompt: Tensor,
+    pages: Tensor,
+    window: Tensor,
+    segments: Tensor,
+    scaling: float | None = None,
+    softcap: float = 0.0,
+    early: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the newest T tokens of each sequence over a cache in mixed precision, in one launch.
+
+    Mixed precision by position after BiSup, 4 bits with a scale for each channel of K and each token of V after KIVI (arXiv
+    2402.02750); pages of 64 tokens and the layout are our own. The same bits in every run.
+
+    Args:
+        q: ``[B, T, Hq, D]`` bf16 or fp16 (fp32 runs in plain torch), rotated, any strides; their keys and values are in the
+            cache already. On a GPU D of 64, 80, 96, 128, 256 and up to 32 rows T Hq / Hkv (16 above D = 128) have a kernel,
+            everything else runs in plain torch.
+        prompt, pages, window, segments: the cache, see the head of this file; prompt and window in q's dtype. What a segment
+            says must lie within its part; on a GPU that is not checked. A sequence of length 0 gives zeros.
+        scaling: factor of the scores, ``D ** -0.5`` by default.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
+        early: promises that the cache was final before the kernel ahead of this one began (which may still write q).
+
+    Returns:
+        out ``[B, T, Hq, D]`` in q's dtype, and the natural logarithm of the sum of exponentials, fp32 ``[B, T, Hq]``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or when a gradient is wanted.
+    """
+    check_no_grad("attention_kv4", q, prompt, window)
+    run = _attention.overload if needs_torch(q, prompt, window) else _attention.call
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    return run(q, prompt, pages, window, segments, scaling, softcap, early)

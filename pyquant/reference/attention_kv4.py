@@ -1,0 +1,70 @@
+"""Attention over a KV cache in mixed precision (:mod:`pyquant.formats.kv4`), and what is added to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyquant.formats import kv4
+from pyquant.reference.weights import wide
+
+
+def kv4_values(prompt: Tensor, pages: Tensor, window: Tensor, segments: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of sequence b in the order of its tokens, ``[Hkv, length, D]``, fp32 (fp64 from an fp64 cache).
+
+    Raises:
+        ValueError: segments that the three parts cannot hold.
+    """
+    d = window.shape[-1] // 32
+    kept, full, length = segments[b].tolist()
+    start, ring = kept + kv4.PAGE * full, kv4.TILE * window.shape[2]
+    if not (0 <= kept <= kv4.TILE * prompt.shape[2] and 0 <= full <= pages.shape[2] and 0 <= length - start <= ring):
+        raise ValueError(
+            f"segments of sequence {b} (prompt {kept}, pages {full}, length {length}) do not fit a cache of "
+            f"{prompt.shape[2]} prompt tiles, {pages.shape[2]} pages and a ring of {ring} tokens"
+        )
+    early = kv4.unpack_tiles(prompt[b if len(prompt) > 1 else 0, :, : -(-kept // kv4.TILE)], d)
+    body = kv4.unpack_pages(pages[b, :, :full], d)
+    slots = (torch.arange(length - start, device=window.device) + kv4.PAGE * full) % ring
+    late = kv4.unpack_tiles(window[b], d)
+    k, v = (
+        torch.cat([wide(e[:, :kept]), wide(m).to(wide(e).dtype), wide(w[:, slots])], 1)
+        for e, m, w in zip(early, body, late, strict=True)
+    )
+    return k, v
+
+
+def attention_kv4(
+    q: Tensor,
+    prompt: Tensor,
+    pages: Tensor,
+    window: Tensor,
+    segments: Tensor,
+    scaling: float,
+    softcap: float,
+    early: bool,
+) -> tuple[Tensor, Tensor]:
+    """The newest T tokens' attention: ``(out [B, T, Hq, D], log-sum-exp fp32 [B, T, Hq])``.
+
+    Token t of them stands at position ``length - T + t`` and attends to positions up to its own. A positive softcap bends
+    scores to ``softcap * tanh(score / softcap)``. A sequence of length 0 gives zeros and -inf. ``early`` only matters to
+    the CUDA kernel.
+    """
+    batch, tokens, heads, size = q.shape
+    out, lse = torch.zeros_like(wide(q)), wide(q).new_full((batch, tokens, heads), -torch.inf)
+    for b, length in enumerate(segments[:, 2].tolist()):
+        if length == 0:
+            continue
+        if length < tokens:
+            raise ValueError(f"attention_kv4: sequence {b} has {length} tokens, fewer than the {tokens} of q")
+        k, v = kv4_values(prompt, pages, window, segments, b)
+        grouped = wide(q[b]).view(tokens, k.shape[0], -1, size)
+        score = torch.einsum("thgd,hld->thgl", grouped, k) * scaling
+        if softcap > 0:
+            score = softcap * torch.tanh(score / softcap)
+        at = torch.arange(length, device=q.device)
+        newer = at > length - tokens + torch.arange(tokens, device=q.device)[:, None]
+        score = score.masked_fill(newer[:, None, None], -torch.inf)
+        lse[b] = score.logsumexp(-1).flatten(1)
+        out[b] = torch.einsum("thgl,hld->thgd", score.softmax(-1), v).flatten(1, 2)
+    return out.to(q.dtype), lse.float() if q.dtype != torch.float64 else lse
