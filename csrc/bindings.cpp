@@ -1,6 +1,10 @@
 // The Python face of csrc/. Tensors cross it as addresses, sizes and a stream, all plain integers: no torch header is
 // included, so that one build serves every torch version. Shapes, dtypes and devices are checked by pyquant/ops.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
 
 #include "launch.cuh"
 #include "ops.h"
@@ -211,6 +215,31 @@ void attention_kv4(uintptr_t q, int64_t q_batch_stride, int64_t q_token_stride, 
                            as_stream(stream));
 }
 
+void append_kv4(uintptr_t k, std::array<int64_t, 4> k_strides, uintptr_t v, std::array<int64_t, 4> v_strides, int dtype,
+                uintptr_t pages, int64_t page_capacity, uintptr_t window, int64_t ring_tiles, uintptr_t segments,
+                uintptr_t workspace, int64_t batch, int64_t tokens, int64_t kv_heads, int64_t head_size, int64_t keep,
+                uintptr_t stream) {
+    pyquant::Kv4Append a{at<void>(k),
+                         at<void>(v),
+                         {},
+                         {},
+                         dtype,
+                         at<void>(pages),
+                         page_capacity,
+                         at<void>(window),
+                         ring_tiles,
+                         at<int>(segments),
+                         at<void>(workspace),
+                         batch,
+                         tokens,
+                         kv_heads,
+                         head_size,
+                         keep};
+    std::copy(k_strides.begin(), k_strides.end(), a.k_strides);
+    std::copy(v_strides.begin(), v_strides.end(), a.v_strides);
+    pyquant::append_kv4(a, as_stream(stream));
+}
+
 void greedy_append(uintptr_t logits, int64_t stride, int dtype, int64_t rows, int64_t columns, uintptr_t tokens,
                    int64_t token_stride, int64_t width, uintptr_t ids, uintptr_t slot, uintptr_t unfinished,
                    uintptr_t length, uintptr_t eos, int64_t eos_count, int64_t pad, uintptr_t stream) {
@@ -269,5 +298,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention_kv4", &attention_kv4);
     m.def("attention_kv4_workspace", &pyquant::attention_kv4_workspace, py::arg("head_size"),
           py::arg("multiprocessors"));
+    m.def("append_kv4", &append_kv4);
+    m.attr("append_kv4_batch") = pyquant::kKv4AppendBatch;
     m.def("greedy_append", &greedy_append);
 }

@@ -141,6 +141,24 @@ struct Kv4Arguments {
 int64_t attention_kv4_workspace(int64_t head_size, int multiprocessors);
 void attention_kv4(const Kv4Arguments& a, cudaStream_t stream);
 
+// k and v [batch, tokens <= 64, kv_heads, head_size] with strides in values. keep: tokens that the window keeps at
+// least, or -1 where nothing is packed. workspace: kKv4AppendBatch counters of 4 bytes, zero before its first use and
+// used by one launch at a time.
+constexpr int64_t kKv4AppendBatch = 4096;
+struct Kv4Append {
+    const void *k, *v;
+    int64_t k_strides[4], v_strides[4];  // batch, token, head, channel
+    int dtype;
+    void* pages;
+    int64_t page_capacity;
+    void* window;
+    int64_t ring_tiles;
+    int* segments;
+    void* workspace;
+    int64_t batch, tokens, kv_heads, head_size, keep;
+};
+void append_kv4(const Kv4Append& a, cudaStream_t stream);
+
 // What greedy_append updates: csrc/sample.cu says how. eos null: sequences do not end.
 struct GreedyState {
     int64_t* tokens;

@@ -226,9 +226,14 @@ FAULTY_CASE = Kv4Case(2, 1, 4, 2, 64, ((17, 2, 64), (5, 3, 100)))
 
 def sample_calls(device: str) -> dict[str, list[tuple]]:
     """Argument tuples for each op of this file."""
-    calls: dict[str, list[tuple]] = {"attention_kv4": []}
+    calls: dict[str, list[tuple]] = {"attention_kv4": [], "append_kv4": []}
     for case in (KV4_CASES[1], replace(KV4_CASES[1], tokens=2, shared=True, segments=((9, 1, 70),))):
         for dtype in (torch.float16, torch.float32):
             q, cache = make_case(case, dtype, device)
             calls["attention_kv4"].append((q, *cache.parts(), 0.125, case.softcap, False))
+    for dtype, keep in ((torch.float16, 64), (torch.float32, -1)):
+        cache = make_cache([(5, 0, 127), (0, 1, 100)], 2, 64, dtype, device, spare=2)
+        pages = torch.cat([cache.pages, cache.pages], 2)
+        new = make_tokens(2, 2, 3, 64, dtype, device).transpose(1, 2)
+        calls["append_kv4"].append((new, new + 1, pages, cache.window, cache.segments, keep))
     return calls

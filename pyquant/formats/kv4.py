@@ -152,9 +152,11 @@ def page_ranges(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _range(t: Tensor, dim: int, most: float = 65504.0) -> tuple[Tensor, Tensor]:
     low, high = t.amin(dim), t.amax(dim)
     size = torch.maximum(low.abs(), high.abs())
-    # Never so small against the values that the zero would leave its range.
-    scale = torch.maximum((high - low) / (2**BITS - 1), size / 240).clamp(2.0**-14, most).half()
-    return scale, (torch.round(-4 * low / scale.float()) / 4).half()
+    # Never so small against the values that the zero would leave its range. Divisors are tensors: by a number, a GPU
+    # would multiply with its rounded reciprocal, and the same tokens would give other pages than on a CPU.
+    steps, reach = (low.new_full((), float(n)) for n in (2**BITS - 1, 240))
+    scale = torch.maximum((high - low) / steps, size / reach).clamp(2.0**-14, most).half()
+    return scale, (torch.round(-4 * low / scale.float()) / 4 + 0.0).half()  # + 0: no negative zero
 
 
 def quantize_page(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:

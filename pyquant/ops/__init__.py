@@ -2,7 +2,7 @@
 
 from pyquant.ops.activation import silu_and_mul
 from pyquant.ops.attention import attention_decode, rope_append
-from pyquant.ops.attention_kv4 import attention_kv4
+from pyquant.ops.attention_kv4 import append_kv4, attention_kv4
 from pyquant.ops.distill import distill_loss
 from pyquant.ops.fake_quant import fake_quant
 from pyquant.ops.linear import linear_w4a16
@@ -12,6 +12,7 @@ from pyquant.ops.sample import greedy_append
 
 __all__ = [
     "add_rms_norm",
+    "append_kv4",
     "attention_decode",
     "attention_kv4",
     "dequantize_int4",

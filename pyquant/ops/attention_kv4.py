@@ -170,3 +170,77 @@ def attention_kv4(
     run = _attention.overload if needs_torch(q, prompt, window) else _attention.call
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     return run(q, prompt, pages, window, segments, scaling, softcap, early)
+
+
+# ------------------------------------------------------------------------------------------------ append
+
+
+def _append_fake(k, v, pages, window, segments, keep) -> None:
+    op = "append_kv4"
+    check(k.dim() == 4, f"{op}: k must be [B, T, Hkv, D], got shape {tuple(k.shape)}")
+    check_floats(op, "k", k)
+    check(
+        v.shape == k.shape and v.dtype == k.dtype,
+        f"{op}: v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}",
+    )
+    check_device(op, k, v=v)
+    _check_cache(op, k, k.shape[2], {"pages": pages, "window": window}, segments)
+    tokens, ring = k.shape[1], kv4.TILE * window.shape[2]
+    check(tokens <= kv4.PAGE, f"{op}: {tokens} tokens at once are more than {kv4.PAGE}; fill a cache with fill_kv4")
+    check(keep >= -1, f"{op}: keep={keep} must be -1 (nothing is packed) or the tokens that the window keeps")
+    check(
+        keep + kv4.PAGE - 1 + tokens <= ring or keep < 0,
+        f"{op}: a ring of {ring} tokens cannot keep {keep}, wait for a page of {kv4.PAGE} and take {tokens} new ones",
+    )
+
+
+def _append_declines(k, v, pages, window, *args) -> str | None:
+    return _declines_cache(k, k.shape[2], (pages, window))
+
+
+def _append_cuda(k, v, pages, window, segments, keep) -> None:
+    _append_fake(k, v, pages, window, segments, keep)
+    if not k.numel():
+        return
+    handle = stream()
+    space = workspace("append_kv4", k.device.index, handle, 4 * extension().append_kv4_batch)
+    batch, tokens, kv_heads, size = k.shape
+    extension().append_kv4(
+        k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), dtype_code(k.dtype), pages.data_ptr(), pages.shape[2],
+        window.data_ptr(), window.shape[2], segments.data_ptr(), pointer(space), batch, tokens, kv_heads, size, keep,
+        handle,
+    )  # fmt: skip
+
+
+def _append_torch(k, v, pages, window, segments, keep) -> None:
+    _append_fake(k, v, pages, window, segments, keep)
+    if k.numel():
+        reference.append_kv4(k, v, pages, window, segments, keep)
+
+
+_append = define(
+    "append_kv4(Tensor k, Tensor v, Tensor(a!) pages, Tensor(b!) window, Tensor(c!) segments, int keep) -> ()",
+    fake=_append_fake,
+    backends={"cuda": Backend(_append_cuda, _append_declines), "torch": Backend(_append_torch)},
+)
+
+
+def append_kv4(k: Tensor, v: Tensor, pages: Tensor, window: Tensor, segments: Tensor, keep: int) -> None:
+    """New tokens into the window of a cache, and a page packed from its oldest 64 where it then holds ``keep + 64`` or more.
+
+    One launch that reads and updates segments on the device: the host never waits, and a captured graph can hold it. The page
+    equals :func:`pyquant.formats.kv4.pack_pages` of the same tokens bit for bit.
+
+    Args:
+        k, v: ``[B, T, Hkv, D]`` bf16 or fp16 (fp32 runs in plain torch), T up to 64, any strides; keys rotated, finite.
+        pages, window, segments: the cache, written in place; see the head of this file.
+        keep: tokens that the window keeps at least, or -1 to pack nothing. The ring must hold ``keep + 63 + T`` tokens. That a
+            page is left (and, for -1, room in the ring) is up to the caller: plain torch raises, the kernel packs nothing and
+            the window overwrites itself.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or when a gradient is wanted.
+    """
+    check_no_grad("append_kv4", k, v)
+    run = _append.overload if needs_torch(k, v) else _append.call
+    run(k, v, pages, window, segments, keep)

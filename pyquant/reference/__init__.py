@@ -4,7 +4,7 @@ Same names and argument order as :mod:`pyquant.ops`; arithmetic in fp32 (fp64 in
 Notation in :mod:`pyquant.formats`.
 """
 
-from pyquant.reference.attention_kv4 import attention_kv4, kv4_values
+from pyquant.reference.attention_kv4 import append_kv4, attention_kv4, kv4_values
 from pyquant.reference.decode import (
     add_rms_norm,
     append,
@@ -22,6 +22,7 @@ from pyquant.reference.weights import dequantize_int4, linear_w4a16, linear_w4a1
 __all__ = [
     "add_rms_norm",
     "append",
+    "append_kv4",
     "attention_decode",
     "attention_kv4",
     "dequantize_int4",

@@ -68,3 +68,32 @@ def attention_kv4(
         lse[b] = score.logsumexp(-1).flatten(1)
         out[b] = torch.einsum("thgl,hld->thgd", score.softmax(-1), v).flatten(1, 2)
     return out.to(q.dtype), lse.float() if q.dtype != torch.float64 else lse
+
+
+def append_kv4(k: Tensor, v: Tensor, pages: Tensor, window: Tensor, segments: Tensor, keep: int) -> None:
+    """T new tokens ``k, v [B, T, Hkv, D]`` into the window, in place; then, where it holds ``keep + 64`` or more, its oldest
+    64 into the next page, quantized as :func:`pyquant.formats.kv4.quantize_page` says. Nothing is packed for keep = -1.
+    """
+    tokens, ring, d = k.shape[1], kv4.TILE * window.shape[2], k.shape[3]
+    held = [length - kept - kv4.PAGE * full for kept, full, length in segments.tolist()]
+    pack = [keep >= 0 and w + tokens >= keep + kv4.PAGE for w in held]
+    for b, (w, (_, full, _)) in enumerate(zip(held, segments.tolist(), strict=True)):
+        if w < 0 or w + tokens > ring:
+            raise ValueError(
+                f"append_kv4: the window of sequence {b} holds {w} tokens of {ring}, {tokens} more do not fit"
+            )
+        if pack[b] and full >= pages.shape[2]:
+            raise ValueError(f"append_kv4: all {full} pages of sequence {b} are in use and it needs one more")
+    late = kv4.unpack_tiles(window, d)
+    offset = segments[:, 2].long() - segments[:, 0].long()
+    slots = (offset[:, None] + torch.arange(tokens, device=k.device)) % ring
+    rows = torch.arange(len(k), device=k.device)[:, None]
+    for values, new in zip(late, (k, v), strict=True):
+        values[rows, :, slots] = new
+    window.copy_(kv4.pack_tiles(*late))
+    for b, full in enumerate(segments[:, 1].tolist()):
+        if pack[b]:
+            oldest = (torch.arange(kv4.PAGE, device=k.device) + kv4.PAGE * full) % ring
+            pages[b, :, full] = kv4.pack_pages(*(values[b][:, oldest] for values in late))[:, 0]
+            segments[b, 1] += 1
+    segments[:, 2] += tokens
