@@ -186,7 +186,7 @@ def _append_fake(k, v, pages, window, segments, keep) -> None:
     check_device(op, k, v=v)
     _check_cache(op, k, k.shape[2], {"pages": pages, "window": window}, segments)
     tokens, ring = k.shape[1], kv4.TILE * window.shape[2]
-    check(tokens <= kv4.PAGE, f"{op}: {tokens} tokens at once are more than {kv4.PAGE}; fill a cache with fill_kv4")
+    check(tokens <= kv4.PAGE, f"{op}: {tokens} tokens at once are more than {kv4.PAGE}; a KVLayer takes a prompt")
     check(keep >= -1, f"{op}: keep={keep} must be -1 (nothing is packed) or the tokens that the window keeps")
     check(
         keep + kv4.PAGE - 1 + tokens <= ring or keep < 0,

@@ -1,0 +1,272 @@
+"""The cache of one attention layer in mixed precision: a 16-bit prompt, 4-bit pages, a 16-bit window of the newest tokens.
+
+Where tokens go is decided by one rule, whether they come one by one or as a prompt: the first ``prompt_tokens`` of the first
+call stay in 16 bits; of the others the oldest 64 become a page as soon as ``window + 64`` or more are not in pages. The
+layout is that of :mod:`pyquant.formats.kv4`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyquant import reference
+from pyquant.formats.kv4 import PAGE, TILE, pack_pages, pack_tiles, page_bytes, unpack_tiles
+from pyquant.ops.attention_kv4 import append_kv4, attention_kv4
+
+BITS = (4, 16)
+MOST_AT_ONCE = 8  # tokens that a ring has room for beside its window; more go through the way of a prompt
+
+
+@dataclass(frozen=True)
+class KVSettings:
+    """How a cache keeps its tokens.
+
+    Args:
+        bits: of the tokens between prompt and window: 4, or 16 to keep everything as it is.
+        prompt_tokens: how many of the first tokens stay in 16 bits; None for all of the first call.
+        window: how many of the newest stay in 16 bits at least.
+        capacity: tokens to allocate for at once, beyond the prompt; 0 grows as needed, by an eighth at a time.
+
+    Raises:
+        ValueError: values out of range, one sentence.
+    """
+
+    bits: int = 4
+    prompt_tokens: int | None = 128
+    window: int = 128
+    capacity: int = 0
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits} of a KV cache must be 4, or 16 to keep everything as it is")
+        for name in ("prompt_tokens", "window", "capacity"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative")
+
+    @property
+    def keep(self) -> int:
+        """As :func:`pyquant.ops.append_kv4` takes it."""
+        return -1 if self.bits == 16 else self.window
+
+
+class KVLayer:
+    """Keys and values of one layer. Lengths are known on the host too, so that nothing here waits for a GPU.
+
+    Args:
+        settings: how tokens are kept.
+        batch, kv_heads, head_size: B, Hkv, D; D a multiple of 16.
+        dtype, device: of the 16-bit segments (fp32 works, in plain torch).
+    """
+
+    def __init__(
+        self, settings: KVSettings, batch: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.settings, self.kv_heads, self.size, self.dtype = settings, kv_heads, head_size, dtype
+        self.device = torch.device(device)
+        pages, ring = -(-settings.capacity // PAGE), settings.window + PAGE + MOST_AT_ONCE
+        if settings.bits == 16:
+            pages, ring = 0, max(settings.capacity, ring)
+        self.prompt = self._empty(batch, 0)
+        self.window = self._empty(batch, -(-ring // TILE))
+        self.pages = torch.zeros(batch, kv_heads, pages, page_bytes(head_size), dtype=torch.uint8, device=device)
+        self.segments = torch.zeros(batch, 3, dtype=torch.int32, device=device)
+        self.held: list[tuple[int, int, int]] = [(0, 0, 0)] * batch  # segments, as the host knows them
+        self.padding = [0] * batch  # tokens on the left that were given and not kept
+
+    def _empty(self, batch: int, tiles: int) -> Tensor:
+        return torch.zeros(batch, self.kv_heads, tiles, 2 * TILE * self.size, dtype=self.dtype, device=self.device)
+
+    @property
+    def batch(self) -> int:
+        return len(self.held)
+
+    @property
+    def length(self) -> int:
+        """Tokens given so far, padding included: the same for every sequence."""
+        return self.held[0][2] + self.padding[0] if self.held else 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that this layer holds, spare room included."""
+        return sum(t.untyped_storage().nbytes() for t in (self.prompt, self.pages, self.window, self.segments))
+
+    # ---------------------------------------------------------------------------------------- tokens in
+
+    def add(self, k: Tensor, v: Tensor, padding: list[int] | None = None) -> None:
+        """New tokens ``k, v [B, Hkv, L, D]``, keys rotated; a few by :func:`append_kv4`, many as a prompt.
+
+        Args:
+            padding: tokens on the left of each sequence that are none and are not kept; in the first call only.
+
+        Raises:
+            ValueError: another batch, or padding later on.
+        """
+        if k.shape[0] != self.batch:
+            raise ValueError(f"the cache holds {self.batch} sequences, keys came for {k.shape[0]}")
+        if padding is not None and any(padding):
+            if self.length:
+                raise ValueError("padding can only come with the first tokens")
+            self.padding = list(padding)
+        tokens = k.shape[2]
+        if tokens == 0:
+            return
+        if self.length and tokens <= MOST_AT_ONCE:
+            self._append(k, v)
+        else:
+            self._fill(k, v)
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        tokens, keep, held = k.shape[2], self.settings.keep, []
+        for kept, full, length in self.held:
+            new = length + tokens
+            held.append((kept, full + int(keep >= 0 and new - kept - PAGE * full >= keep + PAGE), new))
+        self._room(max(full for _, full, _ in held), max(n - p for p, _, n in held) if keep < 0 else 0)
+        append_kv4(k.transpose(1, 2), v.transpose(1, 2), self.pages, self.window, self.segments, keep)
+        self.held = held
+
+    def _room(self, pages: int, tokens: int) -> None:
+        """At least this many pages, and where everything is kept at least so many tokens in the ring."""
+        if pages > self.pages.shape[2]:
+            more = max(pages, self.pages.shape[2] * 9 // 8 + 1)
+            grown = self.pages.new_zeros((self.batch, self.kv_heads, more, self.pages.shape[3]))
+            grown[:, :, : self.pages.shape[2]] = self.pages
+            self.pages = grown
+        tiles = -(-tokens // TILE)
+        if tiles > self.window.shape[2]:  # nothing has gone round it yet, as nothing was packed
+            ring = self._empty(self.batch, max(tiles, self.window.shape[2] * 9 // 8 + 1))
+            ring[:, :, : self.window.shape[2]] = self.window
+            self.window = ring
+
+    def _fill(self, k: Tensor, v: Tensor) -> None:
+        """Many tokens at once: what was not packed yet and what is new, divided among the segments as the rule says."""
+        tokens, keep = k.shape[2], self.settings.keep
+        first = self.length == 0
+        late, held = self._late(), []
+        skip = self.padding if first else [0] * self.batch
+        counts = [
+            length - kept - PAGE * full + tokens - s for (kept, full, length), s in zip(self.held, skip, strict=True)
+        ]
+        prompts = [kept for kept, _, _ in self.held]
+        if first:
+            most = self.settings.prompt_tokens
+            prompts = [count if most is None else min(most, count) for count in counts]
+        # `all_k, all_v`: old tokens of the window, then the new ones; sequence b's begin at from_[b]
+        widest = late[0].shape[2]
+        all_k, all_v = (torch.cat([old, new.to(old.dtype)], 2) for old, new in zip(late, (k, v), strict=True))
+        begins = [widest + tokens - count for count in counts]
+        new_pages = []
+        for (_, full, length), count, kept, s in zip(self.held, counts, prompts, skip, strict=True):
+            rest = count - (kept if first else 0)
+            new_pages.append(max(0, rest - keep) // PAGE if keep >= 0 else 0)
+            held.append((kept, full + new_pages[-1], length + tokens - s))
+        if first:
+            self.prompt = self._take(all_k, all_v, begins, prompts, -(-max(prompts) // TILE) * TILE)
+            begins = [b + p for b, p in zip(begins, prompts, strict=True)]
+        self._room(max(full for _, full, _ in held), max(n - p for p, _, n in held) if keep < 0 else 0)
+        if most_new := max(new_pages):
+            body = self._gather(all_k, all_v, begins, [PAGE * n for n in new_pages], PAGE * most_new)
+            packed = pack_pages(*body)
+            for b, n in enumerate(new_pages):
+                self.pages[b, :, held[b][1] - n : held[b][1]] = packed[b, :, :n]
+        ring = TILE * self.window.shape[2]
+        slots = torch.tensor([PAGE * full for _, full, _ in held], device=self.device)
+        order = (torch.arange(ring, device=self.device) - slots[:, None]) % ring  # of the window's tokens, by slot
+        begins = [b + PAGE * n for b, n in zip(begins, new_pages, strict=True)]
+        left = [n - kept - PAGE * full for kept, full, n in held]
+        self.window.copy_(pack_tiles(*self._gather(all_k, all_v, begins, left, ring, order)))
+        self.held = held
+        self.segments.copy_(torch.tensor(held, dtype=torch.int32))
+
+    def _gather(
+        self, k: Tensor, v: Tensor, begins: list[int], counts: list[int], width: int, order: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``begins[b] + order`` of each sequence, zeros from ``counts[b]`` on: ``[B, Hkv, width, D]`` each."""
+        begin, count = (torch.tensor(t, device=self.device)[:, None] for t in (begins, counts))
+        order = torch.arange(width, device=self.device)[None] if order is None else order
+        index = (begin + order).clamp(max=k.shape[2] - 1)[:, None, :, None].expand(-1, self.kv_heads, -1, self.size)
+        live = (order < count)[:, None, :, None]
+        found = [torch.where(live, t.gather(2, index), 0.0).to(self.dtype) for t in (k, v)]
+        return found[0], found[1]
+
+    def _take(self, k: Tensor, v: Tensor, begins: list[int], counts: list[int], width: int) -> Tensor:
+        return pack_tiles(*self._gather(k, v, begins, counts, width)) if width else self._empty(self.batch, 0)
+
+    def _late(self) -> tuple[Tensor, Tensor]:
+        """Tokens of the window in their order, ending together on the right: ``[B, Hkv, longest, D]`` each."""
+        left = [n - kept - PAGE * full for kept, full, n in self.held]
+        width, ring = max(left), TILE * self.window.shape[2]
+        if width == 0:
+            nothing = torch.empty(self.batch, self.kv_heads, 0, self.size, dtype=self.dtype, device=self.device)
+            return nothing, nothing
+        last = torch.tensor([n - kept for kept, _, n in self.held], device=self.device)[:, None]
+        slots = (last - width + torch.arange(width, device=self.device)) % ring
+        index = slots[:, None, :, None].expand(-1, self.kv_heads, -1, self.size)
+        k, v = (t.gather(2, index) for t in unpack_tiles(self.window, self.size))
+        return k, v
+
+    # ---------------------------------------------------------------------------------------- tokens out
+
+    def attend(self, q: Tensor, scaling: float | None = None, softcap: float = 0.0) -> Tensor:
+        """Attention of the newest tokens ``q [B, T, Hq, D]``, which were added before: ``[B, T, Hq, D]``."""
+        return attention_kv4(q, self.prompt, self.pages, self.window, self.segments, scaling, softcap)[0]
+
+    def values(self) -> tuple[Tensor, Tensor]:
+        """All tokens dequantized to the cache's dtype, ``[B, Hkv, length, D]`` each, padding as zeros."""
+        k, v = (self.prompt.new_zeros((self.batch, self.kv_heads, self.length, self.size)) for _ in range(2))
+        for b, padding in enumerate(self.padding):
+            segments = torch.tensor(self.held, dtype=torch.int32)
+            found = reference.kv4_values(self.prompt, self.pages, self.window, segments, b)
+            k[b, :, padding:], v[b, :, padding:] = (t.to(self.dtype) for t in found)
+        return k, v
+
+    # ---------------------------------------------------------------------------------------- batch and length
+
+    def select(self, index: Tensor) -> None:
+        """Sequences ``index`` int64 ``[n]`` and no others, in this order (beams, contrastive search); a shared prompt stays."""
+        rows, index = index.tolist(), index.to(self.device)
+        if self.prompt.shape[0] == self.batch and self.batch > 1:
+            self.prompt = self.prompt[index]
+        self.pages, self.window, self.segments = self.pages[index], self.window[index], self.segments[index]
+        self.held, self.padding = [self.held[b] for b in rows], [self.padding[b] for b in rows]
+
+    def repeat(self, times: int) -> None:
+        """Every sequence ``times`` times in a row. From a single sequence on, its prompt is kept once for the batch."""
+        self.select(torch.arange(self.batch).repeat_interleave(times))
+
+    def crop(self, tokens: int) -> None:
+        """Forget the newest tokens. Those that are back in the window's reach come back from their page as it holds them.
+
+        Raises:
+            ValueError: more tokens than there are.
+        """
+        if tokens <= 0:
+            return
+        if tokens > min(length for _, _, length in self.held):
+            raise ValueError(
+                f"cannot take {tokens} tokens off a cache whose sequences hold {self.held} (prompt, pages, all)"
+            )
+        if all(length - kept - PAGE * full >= tokens for kept, full, length in self.held):
+            self.held = [(kept, full, length - tokens) for kept, full, length in self.held]
+            self.segments[:, 2] -= tokens
+            return
+        self._crop_far(tokens)
+
+    def _crop_far(self, tokens: int) -> None:
+        """Cut into pages or prompt: the page that is cut becomes tokens of the window again."""
+        ring = TILE * self.window.shape[2]
+        for b, (kept, full, length) in enumerate(self.held):
+            new = length - tokens
+            k, v = reference.kv4_values(self.prompt, self.pages, self.window, torch.tensor(self.held), b)
+            full = min(full, max(0, new - kept) // PAGE)
+            kept = min(kept, new)
+            start = kept + PAGE * full
+            late = torch.zeros(2, self.kv_heads, ring, self.size, dtype=self.dtype, device=self.device)
+            slots = (torch.arange(new - start, device=self.device) + PAGE * full) % ring
+            late[0][:, slots], late[1][:, slots] = (t[:, start:new].to(self.dtype) for t in (k, v))
+            self.window[b] = pack_tiles(*late)
+            self.held[b] = kept, full, new
+        self.segments.copy_(torch.tensor(self.held, dtype=torch.int32))
