@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from pyquant.formats.spec import QuantSpec
     from pyquant.integrations.inference import prepare_for_inference
+    from pyquant.integrations.kv_cache import KVCache
     from pyquant.integrations.transformers import PyQuantConfig, load_model
     from pyquant.nn.linear import FakeQuantLinear, QLinear
     from pyquant.nn.swap import swap
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "FakeQuantLinear": "pyquant.nn.linear",
+    "KVCache": "pyquant.integrations.kv_cache",
     "PyQuantConfig": "pyquant.integrations.transformers",
     "QLinear": "pyquant.nn.linear",
     "QuantSpec": "pyquant.formats.spec",
@@ -37,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "FakeQuantLinear",
+    "KVCache",
     "PyQuantConfig",
     "QLinear",
     "QuantSpec",

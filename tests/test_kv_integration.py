@@ -1,0 +1,219 @@
+"""pyquant.KVCache under transformers: the same tokens as its own cache in 16 bits, and one answer however 4 bits are read."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from tiny import some_tokens, tiny_config, tiny_llama
+from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import pyquant
+from pyquant.integrations import kv_cache
+from pyquant.integrations.inference import prepare_for_inference
+
+LENGTH = 512
+
+
+def make(family, **changes):
+    torch.manual_seed(0)
+    changes = {"max_position_embeddings": LENGTH, "num_hidden_layers": 2, **changes}
+    if family == "llama":
+        return tiny_llama(**changes)
+    fields = {**tiny_config(**changes).to_dict(), "head_dim": 16, **changes}
+    for name in ("model_type", "architectures", "layer_types"):
+        fields.pop(name, None)
+    kind, config = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "mistral": (MistralForCausalLM, MistralConfig)}[family]
+    if family == "mistral":
+        fields.setdefault("sliding_window", None)
+    return kind(config(**fields)).eval()
+
+
+def run(model, ids, cache=None, new=40, attention="pyquant", **how):
+    model.set_attn_implementation(attention)
+    how = {"attention_mask": torch.ones_like(ids), **how}
+    with torch.no_grad():
+        return model.generate(
+            ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, past_key_values=cache, **how
+        )
+
+
+def logits_of(model, ids, cache, attention, prompt, chunk=1):
+    """Logits of all tokens after the prompt, ``chunk`` tokens a call."""
+    model.set_attn_implementation(attention)
+    found = []
+    with torch.no_grad():
+        model(ids[:, :prompt], past_key_values=cache)
+        for i in range(prompt, ids.shape[1], chunk):
+            found.append(model(ids[:, i : i + chunk], past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@pytest.fixture
+def no_warning(caplog):
+    caplog.set_level(logging.WARNING, logger="pyquant")
+    yield
+    assert not caplog.records, caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "how", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=["greedy", "beams", "two"]
+)
+def test_16_bits_give_the_tokens_of_transformers(family, how, no_warning):
+    model, ids = make(family), some_tokens(2, 150)
+    want = run(model, ids, None, attention="sdpa", **how)
+    cache = pyquant.KVCache(model.config, bits=16, prompt_tokens=20, window=16)
+    assert torch.equal(run(model, ids, cache, **how), want)
+    assert cache.get_seq_length() == 189
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("chunk", [1, 3, 40])
+def test_4_bits_by_kernel_and_dequantized_agree(family, chunk, caplog):
+    """The packed cache read by attention_kv4 and the same cache dequantized for torch's attention: rounding of fp32 apart."""
+    model, ids = make(family), some_tokens(2, 300)
+    settings = {"prompt_tokens": 10, "window": 32}
+    caches = [pyquant.KVCache(model.config, **settings) for _ in range(2)]
+    got = logits_of(model, ids, caches[0], "pyquant", 100, chunk)
+    assert not caplog.records, caplog.text
+    want = logits_of(model, ids, caches[1], "sdpa", 100, chunk)
+    assert "the attention is 'sdpa'" in caplog.text
+    with torch.no_grad():
+        exact = model(ids).logits[:, 100:]
+    assert caches[0].layers[0].kept.held == caches[1].layers[0].kept.held == [(10, (300 - 10 - 32) // 64, 300)] * 2
+    # Rounding in fp32, and codes that lay on the edge between two and were moved by it.
+    error, cost = ((got - t).norm(dim=-1) / t.norm(dim=-1) for t in (want, exact))
+    assert error.median() <= 1e-3 * cost.median()
+    assert error.max() <= 0.1 * cost.median()
+    assert 1e-3 < cost.median() < 0.5
+
+
+def test_left_padding_changes_nothing(no_warning):
+    """Padding is not stored: a padded sequence gets the tokens that it gets alone, 4 bits and all."""
+    model = make("llama")
+    alone = [some_tokens(1, n, seed=n) for n in (200, 140, 77)]
+    width = max(t.shape[1] for t in alone)
+    ids = torch.cat([torch.nn.functional.pad(t, (width - t.shape[1], 0)) for t in alone])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(t), (width - t.shape[1], 0)) for t in alone])
+    make_cache = lambda: pyquant.KVCache(model.config, prompt_tokens=20, window=16)  # noqa: E731
+    got = run(model, ids, make_cache(), attention_mask=mask, new=80)
+    for row, own in zip(got, alone, strict=True):
+        assert torch.equal(row[width:], run(model, own, make_cache(), new=80)[0, own.shape[1] :])
+
+
+def test_a_shared_prompt(no_warning):
+    """A system prompt filled once for one sequence serves a batch, and each row is as if it had its own."""
+    model = make("llama")
+    system, users = some_tokens(1, 120, seed=5), some_tokens(3, 30, seed=6)
+    cache = pyquant.KVCache(model.config, prompt_tokens=None, window=16)
+    model.set_attn_implementation("pyquant")
+    with torch.no_grad():
+        model(system, past_key_values=cache)
+    kept = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(3)
+    assert cache.layers[0].kept.prompt.shape[0] == 1
+    ids = torch.cat([system.expand(3, -1), users], 1)
+    got = run(model, ids, cache, new=60)
+    for row in range(3):
+        assert torch.equal(got[row], run(model, ids[row : row + 1], copy.deepcopy(kept), new=60)[0])
+
+
+def test_assisted_decoding_crops(no_warning):
+    """Proposals of the prompt's own n-grams, most of them refused and cropped away: greedy tokens all the same."""
+    model = make("llama")
+    ids = some_tokens(1, 30).repeat(1, 4)
+    want = run(model, ids, None, attention="sdpa", new=50)
+    cache = pyquant.KVCache(model.config, bits=16, window=16)
+    assert torch.equal(run(model, ids, cache, new=50, prompt_lookup_num_tokens=5), want)
+
+
+def test_bytes_are_counted():
+    model, ids = make("llama", hidden_size=512), some_tokens(1, 500)
+    small, full = (pyquant.KVCache(model.config, bits=bits, prompt_tokens=0, window=0) for bits in (4, 16))
+    for cache in (small, full):
+        run(model, ids, cache, new=2)
+    assert small.nbytes < 0.5 * full.nbytes
+
+
+# ------------------------------------------------------------------------------------------------ what falls back
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "how", "sentence"),
+    [
+        ("mistral", {"sliding_window": 64}, {}, "longer than the layer's sliding window of 64 tokens"),
+        ("llama", {"head_dim": 24}, {}, "heads of 24 and 24 channels have no 4-bit format"),
+        ("llama", {}, {"output_attentions": True, "return_dict_in_generate": True}, "attention weights are asked for"),
+        ("llama", {}, {"hole": 40}, "the attention mask is not that of the first call's padding"),
+    ],
+)
+def test_falls_back_once_and_is_right(family, changes, how, sentence, caplog):
+    """bits=16, so that transformers' own cache is the measure; one line names the reason."""
+    model, ids = make(family, **changes), some_tokens(2, 100)
+    mask, how = torch.ones_like(ids), dict(how)
+    if "hole" in how:
+        mask[1, how.pop("hole")] = 0
+    want = run(model, ids, None, attention="eager" if how else "sdpa", attention_mask=mask, **how)
+    cache = pyquant.KVCache(model.config, bits=16, window=16)
+    got = run(model, ids, cache, attention_mask=mask, **how)
+    if how:
+        assert torch.equal(got.sequences, want.sequences)
+        torch.testing.assert_close(got.attentions[-1][-1], want.attentions[-1][-1], rtol=1e-4, atol=1e-5)
+    else:
+        assert torch.equal(got, want)
+    assert caplog.text.count(sentence) == 1, caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_prepared_models_leave_it_to_transformers(caplog):
+    model, ids = make("llama"), some_tokens(2, 100)
+    want = run(model, ids, pyquant.KVCache(model.config, window=16))
+    prepare_for_inference(model)
+    assert torch.equal(run(model, ids, pyquant.KVCache(model.config, window=16)), want)
+    assert "past_key_values is given" in caplog.text
+
+
+def test_without_our_cache_it_is_torchs_attention():
+    model, ids = make("llama"), some_tokens(2, 50)
+    assert torch.equal(run(model, ids, None, attention="pyquant"), run(model, ids, None, attention="sdpa"))
+
+
+def test_refusals():
+    model = make("llama")
+    with pytest.raises(ValueError, match="bits=2 of a KV cache must be 4, or 16"):
+        pyquant.KVCache(model.config, bits=2)
+    config = tiny_config()
+    config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="this model has linear_attention"):
+        pyquant.KVCache(config)
+    cache = pyquant.KVCache(model.config)
+    with pytest.raises(ValueError, match="give the tokens to remove as a negative number"):
+        cache.crop(5)
+
+
+def test_masks():
+    causal = torch.ones(4, 6, dtype=torch.bool).tril(2)
+    masks = torch.stack([causal, causal & (torch.arange(6) >= 2)])[:, None]
+    assert kv_cache.left_padding(masks) == [0, 2]
+    hole = masks.clone()
+    hole[0, 0, :, 3] = False
+    assert kv_cache.left_padding(hole) is None
+    assert kv_cache.left_padding(torch.zeros(2, 1, 4, 6)) is None
+    assert kv_cache.left_padding(masks) == [0, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_on_a_gpu(family, no_warning):
+    """bf16, heads of 64: 4-bit logits by the kernels as close to fp32's of the CPU as 16 bits allow."""
+    model = make(family, hidden_size=256, head_dim=64)
+    ids = some_tokens(2, 300)
+    settings = {"prompt_tokens": 10, "window": 32}
+    want = logits_of(model, ids, pyquant.KVCache(model.config, **settings), "pyquant", 100)
+    model.to("cuda", torch.bfloat16)
+    got = logits_of(model, ids.cuda(), pyquant.KVCache(model.config, **settings), "pyquant", 100)
+    error = (got.float().cpu() - want).norm() / want.norm()
+    assert error <= 0.05  # activations rounded to bf16 in two layers of weights of deviation 0.2
