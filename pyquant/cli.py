@@ -306,20 +306,26 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
     seed: Annotated[int, typer.Option()] = 0,
+    kv_bits: Annotated[int | None, typer.Option(help="Of cached keys and values: 4, or 16 to keep all.")] = None,
+    kv_prompt: Annotated[
+        str, typer.Option(help="First tokens kept in 16 bits: N, all (of the prompt) or none.")
+    ] = "128",
+    kv_window: Annotated[int, typer.Option(help="Newest tokens kept in 16 bits.")] = 128,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Continue a prompt; a quantized model runs on pyquant's kernels."""
     from pyquant.integrations.commands import generate as run
-    from pyquant.integrations.commands import load_any, token_streamer
+    from pyquant.integrations.commands import kv_settings, load_any, token_streamer
     from pyquant.integrations.inference import prepare_for_inference
 
+    kept = None if kv_bits is None else kv_settings(kv_bits, kv_prompt, kv_window)
     with Progress():
         loaded, tokenizer, _ = load_any(model, device, dtype)
-    if loaded.device.type == "cuda":
+    if loaded.device.type == "cuda" and kept is None:
         prepare_for_inference(loaded)
     streamer = token_streamer(tokenizer) if sys.stdout.isatty() else None
-    text = run(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, streamer)
+    text = run(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, streamer, kept)
     if streamer is None:
         typer.echo(text)
 

@@ -97,6 +97,10 @@ def test_rtn_end_to_end(model, texts, tmp_path):
     assert words.startswith("the old")
     assert words == same != other
 
+    cached = pyquant("generate", out, "the old", "--max-new-tokens", "8", "--seed", "1", "--device", "cpu",
+                     "--kv-bits", "16", "--kv-prompt", "all", "--kv-window", "0").stdout  # fmt: skip
+    assert cached == words, "a cache that keeps everything changes nothing"
+
     pyquant("export", out, "--format", "gptq", "--out", tmp_path / "gptq")
     packed, gptq = load_file(out / "model.safetensors"), load_file(tmp_path / "gptq" / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj"

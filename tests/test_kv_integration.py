@@ -7,11 +7,11 @@ import logging
 
 import pytest
 import torch
-from tiny import some_tokens, tiny_config, tiny_llama
+from tiny import byte_tokenizer, some_tokens, tiny_config, tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import pyquant
-from pyquant.integrations import kv_cache
+from pyquant.integrations import commands, kv_cache
 from pyquant.integrations.inference import prepare_for_inference
 
 LENGTH = 512
@@ -217,3 +217,28 @@ def test_on_a_gpu(family, no_warning):
     got = logits_of(model, ids.cuda(), pyquant.KVCache(model.config, **settings), "pyquant", 100)
     error = (got.float().cpu() - want).norm() / want.norm()
     assert error <= 0.05  # activations rounded to bf16 in two layers of weights of deviation 0.2
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [((4, "all", 64), (4, None, 64)), ((4, "none", 0), (4, 0, 0)), ((16, "7", 128), (16, 7, 128))],
+)
+def test_the_command_lines_settings(given, want):
+    settings = commands.kv_settings(*given)
+    assert (settings.bits, settings.prompt_tokens, settings.window) == want
+
+
+def test_the_command_line_refuses():
+    for given, sentence in (
+        ((4, "some", 8), "--kv-prompt 'some' must be a number"),
+        ((5, "all", 8), "bits=5 of a KV cache"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            commands.kv_settings(*given)
+
+
+def test_generate_with_a_cache(no_warning):
+    """Through the function behind the command, 4 bits, pages and all."""
+    model, tokenizer = make("llama"), byte_tokenizer()
+    text = commands.generate(model, tokenizer, "once upon a time " * 10, 90, 0.0, kv=commands.kv_settings(4, "8", 16))
+    assert text.startswith("once upon a time ")

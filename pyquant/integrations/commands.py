@@ -20,6 +20,7 @@ from pyquant.integrations.export import ExportInfo, export
 from pyquant.integrations.gptq import load_gptq
 from pyquant.integrations.machine import batch_for, pick_device, pick_dtype, stored_dtype, window_length
 from pyquant.integrations.transformers import load_causal_lm, load_model, spec_of
+from pyquant.nn.kv_cache import KVSettings
 from pyquant.nn.linear import QLinear
 from pyquant.nn.swap import matches
 from pyquant.ops import linear_w4a16
@@ -87,6 +88,17 @@ def evaluate(
     return {"model": path, **kind, "rows": rows}
 
 
+def kv_settings(bits: int, prompt: str, window: int) -> KVSettings:
+    """Settings of a KV cache as the command line gives them.
+
+    Raises:
+        ValueError: a prompt that is neither a number of tokens, ``all`` nor ``none``; values out of range.
+    """
+    if prompt not in ("all", "none") and not prompt.isdigit():
+        raise ValueError(f"--kv-prompt {prompt!r} must be a number of tokens, all or none")
+    return KVSettings(bits, None if prompt == "all" else 0 if prompt == "none" else int(prompt), window)
+
+
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -95,8 +107,11 @@ def generate(
     temperature: float = 0.8,
     seed: int = 0,
     streamer: Any = None,
+    kv: KVSettings | None = None,
 ) -> str:
     """Continue a prompt; temperature 0 takes the most likely token each time.
+
+    With ``kv`` the model's attention becomes ``"pyquant"`` and its cache a :class:`pyquant.KVCache` of these settings.
 
     Raises:
         ValueError: a negative temperature.
@@ -110,6 +125,11 @@ def generate(
     tokens = tokens.to(device)
     how: dict[str, Any] = {"do_sample": temperature > 0}
     how |= {"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
+    if kv is not None:
+        from pyquant.integrations.kv_cache import NAME, KVCache
+
+        model.set_attn_implementation(NAME)
+        how["past_key_values"] = KVCache(model.config, kv.bits, kv.prompt_tokens, kv.window, kv.capacity)
     torch.manual_seed(seed)
     with torch.inference_mode():
         out = model.generate(
