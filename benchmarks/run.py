@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
+from benchmarks.attention_kv4 import attention_kv4_rows
 from benchmarks.distill import distill_rows
 from benchmarks.fake_quant import fake_quant_rows
 from benchmarks.timing import chain_us, copies_for, meta
@@ -64,7 +65,12 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
     return rows
 
 
-FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows, "distill": distill_rows}
+FAMILIES = {
+    "linear": linear_rows,
+    "fake_quant": fake_quant_rows,
+    "distill": distill_rows,
+    "attention_kv4": attention_kv4_rows,
+}
 
 
 def main() -> None:

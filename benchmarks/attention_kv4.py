@@ -1,0 +1,152 @@
+"""Decode attention over a 4-bit KV cache beside torch's attention over a bf16 one: rows for ``benchmarks.run``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.timing import copies_for, graph_us
+from pyquant import ops, reference
+from pyquant.formats import kv4
+
+PROMPT, WINDOW = 128, 128  # tokens in 16 bits at both ends
+HEADS = (
+    (32, 8, 128),
+    (32, 8, 64),
+    (16, 8, 256),
+    (8, 8, 128),
+    (64, 4, 128),
+)  # query heads, KV heads, D; the first in full
+SHAPES = (
+    (1, 4096),
+    (8, 4096),
+    (32, 4096),
+    (1, 32768),
+    (8, 32768),
+    (32, 32768),
+    (1, 131072),
+    (8, 131072),
+)  # batch, context
+FEW = ((1, 4096), (8, 4096), (1, 32768), (8, 32768))
+PEERS = {"torch-flash-bf16": SDPBackend.FLASH_ATTENTION, "torch-cudnn-bf16": SDPBackend.CUDNN_ATTENTION}
+GATE = 2.0**-8  # rounding the result to bf16 costs half of that, probabilities and queries the rest
+
+
+@dataclass
+class Cache:
+    """Random bits that are a valid cache of one layer."""
+
+    prompt: Tensor
+    pages: Tensor
+    window: Tensor
+    segments: Tensor
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.prompt, self.pages, self.window, self.segments
+
+
+def make_cache(batch: int, context: int, kv_heads: int, d: int, spare: int = 0) -> Cache:
+    """Codes of every kind, scales and zeros that give values of about size 1."""
+    full = (context - PROMPT - WINDOW) // kv4.PAGE
+    half = {"dtype": torch.bfloat16, "device": "cuda"}
+    pages = torch.randint(0, 256, (batch, kv_heads, full + spare, kv4.page_bytes(d)), dtype=torch.uint8, device="cuda")
+    for numbers in (pages[..., 32 * d : 36 * d], pages[..., 68 * d :]):
+        scale, zero = numbers.view(torch.float16).chunk(2, -1)
+        scale.fill_(0.2)
+        zero.fill_(7.5)
+    return Cache(
+        torch.randn(batch, kv_heads, PROMPT // kv4.TILE, kv4.tile_values(d), **half),
+        pages,
+        torch.randn(batch, kv_heads, (WINDOW + 64 + 8) // kv4.TILE + 1, kv4.tile_values(d), **half),
+        torch.tensor([[PROMPT, full, context]] * batch, dtype=torch.int32, device="cuda"),
+    )
+
+
+def check(heads: int, kv_heads: int, d: int) -> float:
+    """Relative error against the meaning of the op; nothing is timed where it is large."""
+    cache = make_cache(2, 1024, kv_heads, d)
+    q = torch.randn(2, 1, heads, d, dtype=torch.bfloat16, device="cuda")
+    want, _ = reference.attention_kv4(
+        q.float(), *(t.float() if t.dtype == q.dtype else t for t in cache.parts), d**-0.5, 0.0, False
+    )
+    error = float((ops.attention_kv4(q, *cache.parts)[0].float() - want).norm() / want.norm())
+    if not error < GATE:
+        raise SystemExit(
+            f"attention_kv4 is wrong for {heads} heads, {kv_heads} KV heads, D={d}: relative error {error:.2e}"
+        )
+    return error
+
+
+def append_us(batch: int, context: int, kv_heads: int, d: int, copies: int) -> float:
+    """One token a sequence into the window. Fill levels are spread evenly, so that one sequence in 64 packs a page."""
+    caches = [make_cache(batch, context, kv_heads, d, spare=1) for _ in range(copies)]
+    for i, cache in enumerate(caches):
+        level = (torch.arange(batch, device="cuda") * copies + i) * 64 // (batch * copies)
+        cache.segments[:, 2] += level.int()
+    new = torch.randn(batch, 1, kv_heads, d, dtype=torch.bfloat16, device="cuda")
+    return graph_us([lambda c=c: ops.append_kv4(new, new, c.pages, c.window, c.segments, WINDOW) for c in caches])
+
+
+def peers_us(batch: int, context: int, heads: int, kv_heads: int, d: int, copies: int) -> dict[str, float]:
+    """torch's attention of one query token over a bf16 cache, by backend; one that refuses is left out, saying why."""
+    shape = (2, batch, kv_heads, context, d)
+    kv = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+    q = torch.randn(batch, heads, 1, d, dtype=torch.bfloat16, device="cuda")
+
+    def attend(t: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, t[0], t[1], enable_gqa=True)
+
+    times = {}
+    for name, backend in PEERS.items():
+        with sdpa_kernel(backend):
+            try:
+                times[name] = graph_us([lambda t=t: attend(t) for t in kv])
+            except RuntimeError as refusal:
+                print(f"{name}: {str(refusal).splitlines()[0]}")
+    return times
+
+
+def attention_kv4_rows(ceilings: dict[str, float]) -> list[dict]:
+    """Microseconds of attention_kv4 (one query token, bf16), of append_kv4 and of torch's attention over a bf16 cache."""
+    rows: list[dict] = []
+    for number, (heads, kv_heads, d) in enumerate(HEADS):
+        error = check(heads, kv_heads, d)
+        for batch, context in SHAPES if number == 0 else FEW:
+            full = (context - PROMPT - WINDOW) // kv4.PAGE
+            bytes_each = batch * kv_heads * (full * kv4.page_bytes(d) + (PROMPT + WINDOW) * 4 * d)
+            copies = copies_for(bytes_each)
+            caches = [make_cache(batch, context, kv_heads, d) for _ in range(copies)]
+            # A chain: each call takes what the one before returned, as the layers of a step do.
+            tokens = [torch.randn(batch, 1, heads, d, dtype=torch.bfloat16, device="cuda")]
+
+            def step(cache: Cache, tokens: list[Tensor] = tokens) -> None:
+                tokens[0] = ops.attention_kv4(tokens[0], *cache.parts, early=True)[0]
+
+            times = {"pyquant": graph_us([lambda c=c: step(c) for c in caches])}
+            del caches
+            times["append"] = append_us(batch, context, kv_heads, d, min(copies, 16))
+            torch.cuda.empty_cache()
+            size = 4 * batch * kv_heads * context * d
+            times |= peers_us(batch, context, heads, kv_heads, d, copies_for(size, most=16))
+            torch.cuda.empty_cache()
+            peers = {n: us for n, us in times.items() if n in PEERS}
+            best = min(peers, key=peers.get) if peers else None
+            for name, us in times.items():
+                rows.append(
+                    {
+                        "op": "append_kv4" if name == "append" else "attention_kv4",
+                        "impl": "pyquant" if name == "append" else name, "dtype": "bfloat16", "B": batch,
+                        "context": context, "heads": heads, "kv_heads": kv_heads, "D": d, "us": round(us, 2),
+                        "roof_us": round((size if name in PEERS else bytes_each) / ceilings["read_tbps"] / 1e6, 2),
+                        "baseline": best, "baseline_us": round(peers[best], 2) if best else None,
+                        "rel_err": error if name == "pyquant" else None,
+                    }
+                )  # fmt: skip
+            shown = " ".join(f"{n} {us:.1f}" for n, us in times.items())
+            print(f"{heads}/{kv_heads} D={d} B={batch} {context}: roof {bytes_each / ceilings['read_tbps'] / 1e6:.1f} {shown}",
+                  flush=True)  # fmt: skip
+    return rows
