@@ -7,6 +7,7 @@ import torch
 from kv4_cases import make_tokens, page_values
 
 from pyquant.formats import kv4
+from pyquant.nn import kv_cache
 from pyquant.nn.kv_cache import KVLayer, KVSettings
 
 SIZE = 64
@@ -67,6 +68,15 @@ def test_what_of_the_prompt_stays(asked, kept):
         cache.add(k[:, :, i : i + 1], v[:, :, i : i + 1])
     assert cache.held[0] == (kept, (300 - kept) // 64, 300)
     check(cache, k, v)
+
+
+def test_long_prompts_are_packed_in_parts(monkeypatch):
+    monkeypatch.setattr(kv_cache, "VALUES_AT_ONCE", 2 * 2 * 64 * SIZE * 2)  # two pages of all heads
+    k, v = tokens(500)
+    cache = layer(KVSettings(prompt_tokens=3, window=0))
+    cache.add(k, v, padding=[0, 170])
+    check(cache, k, v)
+    assert [full for _, full, _ in cache.held] == [7, 5]
 
 
 def test_16_bits_keep_everything():

@@ -18,6 +18,7 @@ from pyquant.ops.attention_kv4 import append_kv4, attention_kv4
 
 BITS = (4, 16)
 MOST_AT_ONCE = 8  # tokens that a ring has room for beside its window; more go through the way of a prompt
+VALUES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -167,11 +168,16 @@ class KVLayer:
             self.prompt = self._take(all_k, all_v, begins, prompts, -(-max(prompts) // TILE) * TILE)
             begins = [b + p for b, p in zip(begins, prompts, strict=True)]
         self._room(max(full for _, full, _ in held), max(n - p for p, _, n in held) if keep < 0 else 0)
-        if most_new := max(new_pages):
-            body = self._gather(all_k, all_v, begins, [PAGE * n for n in new_pages], PAGE * most_new)
+        # Packing takes some thirty bytes a value: so many pages of all heads at a time.
+        step = max(1, VALUES_AT_ONCE // (self.batch * self.kv_heads * PAGE * self.size))
+        for page in range(0, max(new_pages), step):
+            body = self._gather(
+                all_k, all_v, [b + PAGE * page for b in begins], [PAGE * step] * self.batch, PAGE * step
+            )
             packed = pack_pages(*body)
             for b, n in enumerate(new_pages):
-                self.pages[b, :, held[b][1] - n : held[b][1]] = packed[b, :, :n]
+                here, at = max(0, min(step, n - page)), held[b][1] - n + page
+                self.pages[b, :, at : at + here] = packed[b, :, :here]
         ring = TILE * self.window.shape[2]
         slots = torch.tensor([PAGE * full for _, full, _ in held], device=self.device)
         order = (torch.arange(ring, device=self.device) - slots[:, None]) % ring  # of the window's tokens, by slot
