@@ -252,7 +252,25 @@ def tasks() -> str:
     return about + "\n\n" + _table(["task", "metric", "full precision", "W4", "difference", "documents"], cells)
 
 
+def kv_quality() -> str:
+    """Perplexity over a 4-bit cache and greedy tokens equal to those of a 16-bit one, a row an arm."""
+    found = _load("cpu/kv_quality.json")
+    meta, rows = found["meta"], []
+    texts = list(found["rows"][0]["perplexity"])
+    for r in found["rows"]:
+        kept = "everything" if r["bits"] == 16 else f"first {r['prompt']}, newest {r['window']}"
+        equal = [f"{100 * r['equal']:.0f} %", f"{r['before']:.0f}"] if "equal" in r else ["", ""]
+        rows.append([kept, *(f"{r['perplexity'][t]:.2f}" for t in texts), *equal])
+    about = (
+        f"{meta['model']}, {meta['length']} tokens a window, {meta['windows']} windows of each text; {meta['prompts']} prompts of "
+        f"{meta['prompt']} tokens, {meta['new']} greedy tokens each. {meta['gpu'].split(',')[0]}, {meta['dtype']}, "
+        f"{meta['date']}, commit {meta['commit'][:12]}."
+    )
+    return about + "\n\n" + _table(["kept in 16 bits", *texts, "tokens equal", "before the first other"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "kv_quality": kv_quality,
     "linear": linear,
     "fake_quant": fake_quant,
     "distill": distill,

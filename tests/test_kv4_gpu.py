@@ -145,9 +145,9 @@ def test_two_streams_at_once():
     assert all(torch.equal(out, want) for out in outs)
 
 
-def test_what_the_kernel_declines_runs_in_torch(monkeypatch):
+def test_what_the_kernel_declines_runs_elsewhere(monkeypatch):
     monkeypatch.delenv("PYQUANT_BACKEND")
     cache = make_cache([(16, 1, 70)], 1, 128, torch.float16, "cuda")
     q = torch.randn(1, 3, 16, 128, device="cuda").half()  # 48 rows
     out, _ = ops.attention_kv4(q, *cache.parts())
-    assert mismatch(out, want_kv4(q, cache, 0.0, torch.float16, False)[0]) is None
+    assert mismatch(out, want_kv4(q, cache, 0.0, torch.float16, True)[0]) is None

@@ -20,12 +20,13 @@ from torch import Tensor
 from pyquant import reference
 from pyquant.formats import kv4
 from pyquant.ops._checks import check, check_device, check_floats, check_no_grad
-from pyquant.ops._registry import Backend, define, extension, needs_torch
+from pyquant.ops._registry import Backend, define, extension, kernels, needs_torch
 from pyquant.ops._workspace import workspace
 from pyquant.ops.norm import only_halves
 from pyquant.ops.quantize import dtype_code, pointer, stream
 
 MAX_BATCH = 256  # of the CUDA kernels
+MAX_TRITON_ROWS = 64
 MAX_HEADS = 1 << 14  # sequences times KV heads
 
 
@@ -120,6 +121,20 @@ def _attention_cuda(q, prompt, pages, window, segments, scaling, softcap, early)
     return out, lse
 
 
+def _triton_declines(q, prompt, pages, window, *args) -> str | None:
+    if why := only_halves(q):
+        return why
+    rows = q.shape[2] // window.shape[1] * q.shape[1]
+    return None if rows <= MAX_TRITON_ROWS else f"{rows} query rows a KV head are more than {MAX_TRITON_ROWS}"
+
+
+def _attention_triton(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
+    if out.numel():
+        kernels("attention_kv4").attention_kv4(out, lse, q, prompt, pages, window, segments, scaling, softcap)
+    return out, lse
+
+
 def _attention_torch(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
     out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
     if not out.numel():
@@ -131,7 +146,11 @@ _attention = define(
     "attention_kv4(Tensor q, Tensor prompt, Tensor pages, Tensor window, Tensor segments, float scaling, float softcap, "
     "bool early) -> (Tensor, Tensor)",
     fake=_attention_fake,
-    backends={"cuda": Backend(_attention_cuda, _attention_declines), "torch": Backend(_attention_torch)},
+    backends={
+        "cuda": Backend(_attention_cuda, _attention_declines),
+        "triton": Backend(_attention_triton, _triton_declines),
+        "torch": Backend(_attention_torch),
+    },
 )
 
 
