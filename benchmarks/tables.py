@@ -262,8 +262,8 @@ def kv_quality() -> str:
         equal = [f"{100 * r['equal']:.0f} %", f"{r['before']:.0f}"] if "equal" in r else ["", ""]
         rows.append([kept, *(f"{r['perplexity'][t]:.2f}" for t in texts), *equal])
     about = (
-        f"{meta['model']}, {meta['length']} tokens a window, {meta['windows']} windows of each text; {meta['prompts']} prompts of "
-        f"{meta['prompt']} tokens, {meta['new']} greedy tokens each. {meta['gpu'].split(',')[0]}, {meta['dtype']}, "
+        f"{meta['model']}, {meta['length']} tokens a window, {meta['windows']} windows of each text; {meta['prompts']} "
+        f"prompts of {meta['prompt']} tokens, {meta['new']} greedy tokens each. {meta['gpu'].split(',')[0]}, {meta['dtype']}, "
         f"{meta['date']}, commit {meta['commit'][:12]}."
     )
     return about + "\n\n" + _table(["kept in 16 bits", *texts, "tokens equal", "before the first other"], rows)

@@ -90,15 +90,16 @@ def test_16_bits_keep_everything():
     assert torch.equal(found[0], k) and torch.equal(found[1], v)
 
 
-def test_padding_is_not_kept():
+@pytest.mark.parametrize("padding", [[0, 100, 149], [100, 149, 0], [7, 7, 7]])
+def test_padding_is_not_kept(padding):
     k, v = tokens(200, batch=3)
     cache = layer(batch=3)
-    cache.add(k[:, :, :150], v[:, :, :150], padding=[0, 100, 149])
+    cache.add(k[:, :, :150], v[:, :, :150], padding=padding)
     for i in range(150, 200):
         cache.add(k[:, :, i : i + 1], v[:, :, i : i + 1])
     check(cache, k, v)
     assert cache.length == 200
-    assert [s[2] for s in cache.held] == [200, 100, 51]
+    assert [s[2] for s in cache.held] == [200 - p for p in padding]
     with pytest.raises(ValueError, match="padding can only come with the first tokens"):
         cache.add(k[:, :, :1], v[:, :, :1], padding=[1, 0, 0])
 

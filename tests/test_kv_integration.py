@@ -11,7 +11,7 @@ from tiny import byte_tokenizer, some_tokens, tiny_config, tiny_llama
 from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import pyquant
-from pyquant.integrations import commands, kv_cache
+from pyquant.integrations import commands, inference, kv_cache
 from pyquant.integrations.inference import prepare_for_inference
 
 LENGTH = 512
@@ -94,7 +94,7 @@ def test_4_bits_by_kernel_and_dequantized_agree(family, chunk, caplog):
 def test_left_padding_changes_nothing(no_warning):
     """Padding is not stored: a padded sequence gets the tokens that it gets alone, 4 bits and all."""
     model = make("llama")
-    alone = [some_tokens(1, n, seed=n) for n in (200, 140, 77)]
+    alone = [some_tokens(1, n, seed=n) for n in (140, 200, 77)]
     width = max(t.shape[1] for t in alone)
     ids = torch.cat([torch.nn.functional.pad(t, (width - t.shape[1], 0)) for t in alone])
     mask = torch.cat([torch.nn.functional.pad(torch.ones_like(t), (width - t.shape[1], 0)) for t in alone])
@@ -176,6 +176,33 @@ def test_prepared_models_leave_it_to_transformers(caplog):
     assert "past_key_values is given" in caplog.text
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize("kept", [24, None])
+def test_prepared_models_with_4_bits(family, kept, no_warning, no_fallback):
+    """The fused decode step over the same cache: the tokens of transformers' loop over a KVCache, padding and all."""
+    model = make(family)
+    calls = [(some_tokens(2, n, seed=n), torch.ones(2, n, dtype=torch.int64)) for n in (150, 90)]
+    calls[1][1][0, :20] = 0
+    wants = []
+    for ids, mask in calls:
+        cache = pyquant.KVCache(model.config, prompt_tokens=kept, window=16)
+        wants.append(run(model, ids, cache, attention_mask=mask, new=150))
+    prepare_for_inference(model, kv_bits=4, kv_prompt_tokens=kept, kv_window=16)
+    for (ids, mask), want in (*zip(calls, wants, strict=True), (calls[0], wants[0])):
+        assert torch.equal(run(model, ids, None, attention="sdpa", attention_mask=mask, new=150), want)
+
+
+def test_prepared_models_refuse_other_bits():
+    with pytest.raises(ValueError, match="bits=8 of a KV cache must be 4, or 16"):
+        prepare_for_inference(make("llama"), kv_bits=8)
+
+
+def test_prepared_models_leave_sliding_windows(caplog):
+    model = prepare_for_inference(make("mistral", sliding_window=64), kv_bits=4)
+    run(model, some_tokens(1, 60), None, attention="sdpa")
+    assert "4-bit keys and values do not know a sliding window of 64 tokens" in caplog.text
+
+
 def test_without_our_cache_it_is_torchs_attention():
     model, ids = make("llama"), some_tokens(2, 50)
     assert torch.equal(run(model, ids, None, attention="pyquant"), run(model, ids, None, attention="sdpa"))
@@ -242,3 +269,25 @@ def test_generate_with_a_cache(no_warning):
     model, tokenizer = make("llama"), byte_tokenizer()
     text = commands.generate(model, tokenizer, "once upon a time " * 10, 90, 0.0, kv=commands.kv_settings(4, "8", 16))
     assert text.startswith("once upon a time ")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [24, None])
+def test_prepared_on_a_gpu(kept, no_warning, no_fallback):
+    """The captured graph over the cache, used twice and with padding, against the same chain of ops without a graph.
+
+    Both run the same kernels on the same numbers, so tokens are equal.
+    """
+    model = make("llama", hidden_size=256, head_dim=64, initializer_range=0.06).to("cuda", torch.bfloat16)
+    prepare_for_inference(model, kv_bits=4, kv_prompt_tokens=kept, kv_window=16)
+    calls = [(some_tokens(2, n, seed=n).cuda(), torch.ones(2, n, dtype=torch.int64, device="cuda")) for n in (150, 90)]
+    calls[1][1][0, :20] = 0
+    first = [run(model, ids, None, attention="sdpa", attention_mask=mask, new=150) for ids, mask in calls]
+    again = [run(model, ids, None, attention="sdpa", attention_mask=mask, new=150) for ids, mask in calls]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inference, "Captured", lambda step, device: step)
+        prepare_for_inference(inference.undo(model), kv_bits=4, kv_prompt_tokens=kept, kv_window=16)
+        plain = [run(model, ids, None, attention="sdpa", attention_mask=mask, new=150) for ids, mask in calls]
+    for a, b, c in zip(first, again, plain, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)

@@ -21,8 +21,12 @@ from torch import Tensor, nn
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
+from pyquant.formats.kv4 import HEAD_SIZES
 from pyquant.integrations.read_decoder import Snapshot, Unsupported, need, read_decoder
 from pyquant.nn.decoder import Captured, Decoder, State
+from pyquant.nn.kv_cache import KVSettings
+from pyquant.ops._registry import unavailable
+from pyquant.ops.attention_kv4 import MAX_BATCH
 
 log = logging.getLogger("pyquant")
 
@@ -30,7 +34,13 @@ ROUND = 256  # slots of a cache are a multiple of this, so that prompts of other
 MAX_GRAPHS = 4  # of one state: one for sampling, one for each set of end tokens of greedy search
 
 
-def prepare_for_inference(model: nn.Module, lm_head_bits: int = 16) -> nn.Module:
+def prepare_for_inference(
+    model: nn.Module,
+    lm_head_bits: int = 16,
+    kv_bits: int = 16,
+    kv_prompt_tokens: int | None = 128,
+    kv_window: int = 128,
+) -> nn.Module:
     """Make ``model.generate`` fast, in place; its results stay what they were up to rounding.
 
     q, k, v and gate, up projections become one product each; norms, rotary embedding, cache append, attention and activation
@@ -47,16 +57,19 @@ def prepare_for_inference(model: nn.Module, lm_head_bits: int = 16) -> nn.Module
             one device. Anything else is left as it is, with one line in the log that says why.
         lm_head_bits: 16 uses the head as it is; 4 rounds a copy of it to 4 bits in groups of 128, which saves about 0.2 ms a
             step of an 8B model on an H200 and costs some accuracy.
+        kv_bits: 4 keeps keys and values in mixed precision (:class:`pyquant.KVCache` says how): ``kv_prompt_tokens`` at the
+            beginning (None: all of the prompt) and ``kv_window`` at the end in 16 bits, the others in 4. 16 is a plain cache.
 
     Returns:
         the model.
 
     Raises:
-        ValueError: for other ``lm_head_bits``.
+        ValueError: for other ``lm_head_bits`` or ``kv_bits``, or negative numbers of tokens.
     """
     if lm_head_bits not in (4, 16):
         raise ValueError(f"lm_head_bits={lm_head_bits} must be 16 or 4")
-    plan = Plan(lm_head_bits)
+    kv = KVSettings(kv_bits, kv_prompt_tokens, kv_window)
+    plan = Plan(lm_head_bits, kv if kv_bits == 4 else None)
     try:
         plan.decoder(model)
     except Unsupported as why:
@@ -78,15 +91,15 @@ def undo(model: nn.Module) -> nn.Module:
 class Plan:
     """What a prepared model keeps: its parts, and the state of the last batch. A copy of the model starts anew."""
 
-    def __init__(self, head_bits: int) -> None:
-        self.head_bits = head_bits
+    def __init__(self, head_bits: int, kv: KVSettings | None = None) -> None:
+        self.head_bits, self.kv = head_bits, kv
         self._decoder: Decoder | None = None
         self._snapshot: Snapshot | None = None
         self._state: State | None = None
         self.warned: set[str] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Plan, (self.head_bits,)
+        return Plan, (self.head_bits, self.kv)
 
     def decoder(self, model: nn.Module) -> Decoder:
         """The model's parts, read again when it was moved, cast or changed."""
@@ -98,13 +111,15 @@ class Plan:
             self._snapshot = Snapshot(model)  # fusing has moved weights
         return self._decoder
 
-    def state(self, decoder: Decoder, batch: int, slots: int) -> State:
+    def state(self, decoder: Decoder, batch: int, prompt: int, new: int) -> State:
         """Memory for a batch: the last one where it fits."""
-        state = self._state
-        if state is None or state.batch != batch or state.capacity < slots:
+        state, whole = self._state, self.kv is not None and self.kv.prompt_tokens is None
+        short = state is not None and (state.capacity < prompt + new or (whole and state.room < prompt))
+        if state is None or state.batch != batch or short:
             self.free()  # before the new one is allocated
+            slots, room = (-(-n // ROUND) * ROUND for n in (prompt + new, prompt))
             with torch.inference_mode(False), torch.no_grad():
-                self._state = decoder.new_state(batch, -(-slots // ROUND) * ROUND)
+                self._state = decoder.new_state(batch, slots, self.kv, room)
         return self._state
 
     def free(self) -> None:
@@ -194,6 +209,19 @@ def _padding(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     return start.int() if any_padding else None
 
 
+def _check_kv(decoder: Decoder, ids: Tensor, length: int) -> None:
+    """Raise Unsupported for what the ops on a cache in mixed precision do not serve within a captured graph."""
+    reach = min((layer.window for layer in decoder.layers if layer.window), default=length)
+    need(reach >= length, f"4-bit keys and values do not know a sliding window of {reach} tokens")
+    need(decoder.size % 16 == 0, f"heads of {decoder.size} channels have no 4-bit format")
+    if ids.is_cuda:
+        need(decoder.size in HEAD_SIZES, f"there is no kernel for 4-bit heads of {decoder.size} channels")
+        need(len(ids) <= MAX_BATCH, f"there is no kernel for {len(ids)} sequences of 4-bit keys and values")
+        need(decoder.norm.dtype != torch.float32, "there is no kernel for float32 with 4-bit keys and values")
+        why = unavailable("cuda", "cuda")
+        need(why is None, f"4-bit keys and values need the extension: {why}")
+
+
 # ------------------------------------------------------------------------------------------------ the loop
 
 
@@ -212,6 +240,8 @@ def _decode(
     try:
         need(input_ids.device == decoder.norm.device, f"input_ids are on {input_ids.device}")
         need(stopping_criteria.max_length is not None, "no length is given at which it stops")
+        if plan.kv is not None:
+            _check_kv(decoder, input_ids, stopping_criteria.max_length)
         start = _padding(model_kwargs.get("attention_mask"), input_ids)
     except Unsupported as why:
         plan.warn(str(why))
@@ -238,7 +268,7 @@ def _decode(
             return scores.argmax(-1)
         return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
 
-    state = plan.state(decoder, batch, prompt + new)
+    state = plan.state(decoder, batch, prompt, new)
     key = (None if eos is None else tuple(eos.tolist()), pad) if plain else "logits"
     if new > 1 and key not in state.graphs:  # before the prompt: the run before the capture writes into the state
         state.slot.zero_()

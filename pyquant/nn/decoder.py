@@ -11,14 +11,24 @@ The modules of a model are read, not replaced: :class:`Decoder` refers to their 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from pyquant import reference
 from pyquant.nn.fused import FusedLinear
-from pyquant.ops import add_rms_norm, attention_decode, greedy_append, rms_norm, rope_append, silu_and_mul
+from pyquant.nn.kv_cache import KVLayer, KVSettings
+from pyquant.ops import (
+    add_rms_norm,
+    append_kv4,
+    attention_decode,
+    attention_kv4,
+    greedy_append,
+    rms_norm,
+    rope_append,
+    silu_and_mul,
+)
 
 
 @dataclass
@@ -74,8 +84,12 @@ class Decoder:
         x = self.embed(ids)
         y = rms_norm(x, self.layers[0].before_attention, self.eps)
         masks: dict[int, Tensor | None] = {}
+        if state.kv is not None:  # one layer's keys and values at a time; they are packed when they were attended to
+            shape = (ids.shape[0], self.kv_heads, length, self.size)
+            scratch = self.norm.new_empty(shape), self.norm.new_empty(shape)
+            padding = None if start is None else start.tolist()
         for i, layer in enumerate(self.layers):
-            k, v = state.cache[i]
+            k, v = state.cache[i] if state.kv is None else scratch
             q = rope_append(
                 layer.qkv(y), state.cos, state.sin, k, v, state.slot, state.start, layer.q_norm, layer.k_norm, self.eps
             )
@@ -83,6 +97,8 @@ class Decoder:
             if window not in masks:
                 masks[window] = prompt_mask(length, state.start, window, start is not None)
             a = attend(q, k[:, :, :length], v[:, :, :length], masks[window], self.scaling)
+            if state.kv is not None:
+                state.kv[i].add(k, v, padding)
             y, x = add_rms_norm(layer.o(a), x, layer.before_mlp, self.eps)
             if i + 1 == len(self.layers):  # of the last layer only the last token counts
                 y, x = y[:, -1], x[:, -1]
@@ -95,28 +111,57 @@ class Decoder:
         """One token a sequence: ``state.ids`` goes to ``state.slot``; returns the logits ``[B, V]``."""
         x = self.embed(state.ids)
         y = rms_norm(x, self.layers[0].before_attention, self.eps)
+        if state.kv is not None:
+            torch.sub(state.start, state.slot, out=state.behind)
         for i, layer in enumerate(self.layers):
-            # Early: slot, start and the cache before slot are final since before this step began.
-            a = attention_decode(
-                layer.qkv(y), state.cos, state.sin, *state.cache[i], state.slot, state.start, layer.q_norm,
-                layer.k_norm, self.eps, self.scaling, layer.window, True,
-            )  # fmt: skip
+            a = self.attend_to_one(state, i, layer.qkv(y))
             y, x = add_rms_norm(layer.o(a), x, layer.before_mlp, self.eps)
             y = layer.down(silu_and_mul(layer.gate_up(y)))
             y, x = add_rms_norm(y, x, self.norm_after(i), self.eps)
         return self.head(y)
 
+    def attend_to_one(self, state: State, i: int, qkv: Tensor) -> Tensor:
+        """Layer i's attention ``[B, Hq D]`` of one new token a sequence, whose key and value join the cache."""
+        layer = self.layers[i]
+        if state.kv is None:
+            # Early: slot, start and the cache before slot are final since before this step began.
+            return attention_decode(
+                qkv, state.cos, state.sin, *state.cache[i], state.slot, state.start, layer.q_norm,
+                layer.k_norm, self.eps, self.scaling, layer.window, True,
+            )  # fmt: skip
+        # rope_append writes to a cache of one slot, at position slot - start = 0 - behind.
+        kept, (k, v) = state.kv[i], state.one
+        q = rope_append(
+            qkv[:, None], state.cos, state.sin, k, v, state.zero, state.behind, layer.q_norm, layer.k_norm, self.eps
+        )
+        append_kv4(k.transpose(1, 2), v.transpose(1, 2), kept.pages, kept.window, kept.segments, kept.settings.keep)
+        return attention_kv4(q, kept.prompt, kept.pages, kept.window, kept.segments, self.scaling)[0].flatten(1)
+
     def norm_after(self, i: int) -> Tensor:
         """Weight of the norm that follows layer i."""
         return self.norm if i + 1 == len(self.layers) else self.layers[i + 1].before_attention
 
-    def new_state(self, batch: int, capacity: int) -> State:
-        """Memory for ``batch`` sequences of ``capacity`` tokens."""
+    def new_state(self, batch: int, capacity: int, kv: KVSettings | None = None, prompt: int = 0) -> State:
+        """Memory for ``batch`` sequences of ``capacity`` tokens.
+
+        Args:
+            kv: how keys and values are kept, or None for a plain cache in the model's dtype.
+            prompt: the longest first call, where ``kv`` keeps all of it.
+        """
         w = self.norm
-        shape = (batch, self.kv_heads, capacity, self.size)
-        cache = [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.layers]
         cos, sin = self.rotary(torch.arange(capacity, device=w.device))
-        return State(cache, cos, sin, torch.zeros(batch, capacity + 1, dtype=torch.int64, device=w.device))
+        tokens = torch.zeros(batch, capacity + 1, dtype=torch.int64, device=w.device)
+        if kv is None:
+            shape = (batch, self.kv_heads, capacity, self.size)
+            return State([(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.layers], cos, sin, tokens)
+        state = State([], cos, sin, tokens)
+        state.room = capacity if kv.prompt_tokens is None and not prompt else prompt
+        settings, shape = replace(kv, capacity=capacity), (batch, self.kv_heads, 1, self.size)
+        state.kv = [KVLayer(settings, batch, self.kv_heads, self.size, w.dtype, w.device) for _ in self.layers]
+        for layer in state.kv:
+            layer.reserve_prompt(state.room if kv.prompt_tokens is None else kv.prompt_tokens)
+        state.one = w.new_zeros(shape), w.new_zeros(shape)
+        return state
 
 
 class State:
@@ -129,7 +174,13 @@ class State:
         ids: int64 ``[B]``, the next step's input; slot: int32 ``[B]``, where it goes; start: int32 ``[B]``.
         unfinished: int64 ``[B]``, 1 until a sequence has ended.
         length: int64 ``[B]``, tokens of each sequence up to the one that ended it.
+        kv: instead of ``cache``, the layers of a cache in mixed precision, with ``one``, ``zero`` and ``behind`` to rotate a
+            token by; room: the longest prompt that such a cache can keep whole.
     """
+
+    kv: list[KVLayer] | None = None
+    one: tuple[Tensor, Tensor]
+    room = 0
 
     def __init__(self, cache: list[tuple[Tensor, Tensor]], cos: Tensor, sin: Tensor, tokens: Tensor) -> None:
         self.cache, self.cos, self.sin, self.tokens = cache, cos, sin, tokens
@@ -139,6 +190,7 @@ class State:
         self.slot = torch.zeros(batch, dtype=torch.int32, device=device)
         self.start = torch.zeros(batch, dtype=torch.int32, device=device)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.zero, self.behind = torch.zeros_like(self.slot), torch.zeros_like(self.slot)
         self.graphs: dict[object, Captured] = {}
 
     @property
@@ -154,6 +206,8 @@ class State:
         self.tokens[:, : ids.shape[1]] = ids
         self.unfinished.fill_(1)
         self.length.fill_(ids.shape[1])
+        for layer in self.kv or ():
+            layer.reset()
 
     def advance(self, chosen: Tensor, eos: Tensor | None = None, pad: int = 0) -> None:
         """Append the chosen tokens ``[B]``; sequences that have ended get ``pad``, those that choose one of ``eos`` end."""

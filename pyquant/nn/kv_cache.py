@@ -78,6 +78,16 @@ class KVLayer:
         self.held: list[tuple[int, int, int]] = [(0, 0, 0)] * batch  # segments, as the host knows them
         self.padding = [0] * batch  # tokens on the left that were given and not kept
 
+    def reserve_prompt(self, tokens: int) -> None:
+        """Room for a prompt that then stays where it is, as captured graphs need; empties the cache."""
+        self.reset()
+        self.prompt = self._empty(self.batch, -(-tokens // TILE))
+
+    def reset(self) -> None:
+        """Forget all tokens and keep the memory."""
+        self.held, self.padding = [(0, 0, 0)] * self.batch, [0] * self.batch
+        self.segments.zero_()
+
     def _empty(self, batch: int, tiles: int) -> Tensor:
         return torch.zeros(batch, self.kv_heads, tiles, 2 * TILE * self.size, dtype=self.dtype, device=self.device)
 
@@ -108,17 +118,17 @@ class KVLayer:
         """
         if k.shape[0] != self.batch:
             raise ValueError(f"the cache holds {self.batch} sequences, keys came for {k.shape[0]}")
+        tokens, first = k.shape[2], self.length == 0
         if padding is not None and any(padding):
-            if self.length:
+            if not first:
                 raise ValueError("padding can only come with the first tokens")
             self.padding = list(padding)
-        tokens = k.shape[2]
         if tokens == 0:
             return
-        if self.length and tokens <= MOST_AT_ONCE:
+        if not first and tokens <= MOST_AT_ONCE:
             self._append(k, v)
         else:
-            self._fill(k, v)
+            self._fill(k, v, first)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
         tokens, keep, held = k.shape[2], self.settings.keep, []
@@ -142,10 +152,9 @@ class KVLayer:
             ring[:, :, : self.window.shape[2]] = self.window
             self.window = ring
 
-    def _fill(self, k: Tensor, v: Tensor) -> None:
+    def _fill(self, k: Tensor, v: Tensor, first: bool) -> None:
         """Many tokens at once: what was not packed yet and what is new, divided among the segments as the rule says."""
         tokens, keep = k.shape[2], self.settings.keep
-        first = self.length == 0
         late, held = self._late(), []
         skip = self.padding if first else [0] * self.batch
         counts = [
@@ -165,7 +174,7 @@ class KVLayer:
             new_pages.append(max(0, rest - keep) // PAGE if keep >= 0 else 0)
             held.append((kept, full + new_pages[-1], length + tokens - s))
         if first:
-            self.prompt = self._take(all_k, all_v, begins, prompts, -(-max(prompts) // TILE) * TILE)
+            self._keep_prompt(all_k, all_v, begins, prompts)
             begins = [b + p for b, p in zip(begins, prompts, strict=True)]
         self._room(max(full for _, full, _ in held), max(n - p for p, _, n in held) if keep < 0 else 0)
         # Packing takes some thirty bytes a value: so many pages of all heads at a time.
@@ -198,8 +207,12 @@ class KVLayer:
         found = [torch.where(live, t.gather(2, index), 0.0).to(self.dtype) for t in (k, v)]
         return found[0], found[1]
 
-    def _take(self, k: Tensor, v: Tensor, begins: list[int], counts: list[int], width: int) -> Tensor:
-        return pack_tiles(*self._gather(k, v, begins, counts, width)) if width else self._empty(self.batch, 0)
+    def _keep_prompt(self, k: Tensor, v: Tensor, begins: list[int], counts: list[int]) -> None:
+        tiles = -(-max(counts) // TILE)
+        if tiles > self.prompt.shape[2] or len(self.prompt) != self.batch:
+            self.prompt = self._empty(self.batch, tiles)
+        if tiles:
+            self.prompt[:, :, :tiles] = pack_tiles(*self._gather(k, v, begins, counts, TILE * tiles))
 
     def _late(self) -> tuple[Tensor, Tensor]:
         """Tokens of the window in their order, ending together on the right: ``[B, Hkv, longest, D]`` each."""
