@@ -149,7 +149,7 @@ def main() -> None:
     file = args.out
     if args.part is not None:
         todo, file = todo[args.part :: args.jobs], args.out.with_suffix(f".part{args.part}.json")
-        torch.set_num_threads(2)
+        torch.set_num_threads(2 if args.device == "cuda" else 1)
     bench = load(args)
     print(f"ready after {time.monotonic() - began:.0f} s: {len(bench.tokens):,} windows, {len(todo)} rows", flush=True)
     meta: dict[str, Any] = {
