@@ -311,10 +311,14 @@ def test_masters_step_in_fp32():
         {"activation_bits": 8, "embedding_bits": 8, "head_bits": 8},
         {"quantizer": "range", "loss": KDLoss(0.5, 0.0, features=0.5), "train_embeddings": False, "train_head": False},
         {"gradient_checkpointing": True, "loss": KDLoss(0.5, 0.5, features=0.5), "weights": "bf16"},
+        {"optim": "adamw_torch_8bit"},
+        {"optim": "adamw_torch_8bit", "weights": "bf16"},
     ],
-    ids=["bf16", "eight", "range", "checkpointing"],
+    ids=["bf16", "eight", "range", "checkpointing", "torchao", "torchao-bf16"],
 )
 def test_options_resume_bit_by_bit(tmp_path, changes):
+    if "optim" in changes:
+        pytest.importorskip("torchao")
     config = replace(CONFIG, **changes)
     tokens = learnable_tokens()
     whole, part = tiny_llama(), tiny_llama()

@@ -151,7 +151,7 @@ def save(
         numpy_state: Any = np.random.get_state()
         state = {
             "step": step,
-            "lr": [group["lr"] for group in optimizer.param_groups],
+            "lr": [float(group["lr"]) for group in optimizer.param_groups],
             "frozen": [n for n, m in model.named_modules() if isinstance(m, FakeQuantLinear) and m.frozen],
             "history": history,
             "python": random.getstate(),
@@ -240,6 +240,7 @@ def load_student(checkpoint: Path, model: nn.Module) -> list[dict[str, Any]]:
 
 def load_optimizer(checkpoint: Path, optimizer: Any) -> None:
     """Put the saved moments and learning rates into an optimizer over the same parameters."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper only steps when it is told to
     tensors = load_file(checkpoint / "optimizer.safetensors")
     state: dict[int, dict[str, Any]] = {}
     parts: list[tuple[int, str, str, Tensor]] = []
@@ -259,7 +260,7 @@ def load_optimizer(checkpoint: Path, optimizer: Any) -> None:
             state.setdefault(n, {})[name] = current[n][name]
     groups = optimizer.state_dict()["param_groups"]
     for group, lr in zip(groups, read_state(checkpoint)["lr"], strict=True):
-        group["lr"] = lr
+        group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -271,7 +272,7 @@ def _make_states(optimizer: Any) -> None:
         group["lr"] = 0.0 * group["lr"]
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimizer.step()
+    getattr(optimizer, "step_masters", optimizer.step)()
     for p in params:
         p.grad = None
     for group, rate in zip(optimizer.param_groups, rates, strict=True):

@@ -232,7 +232,7 @@ class _Steps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.trainer
         run.parts.clear()
-        run.lr = run.optimizer.param_groups[0]["lr"]
+        run.lr = float(run.optimizer.param_groups[0]["lr"])
         if run.config.freeze and state.global_step == run.config.freeze_at > 0:
             freeze(run.model, run.config.freeze)
 

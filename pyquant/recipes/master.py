@@ -63,6 +63,10 @@ class _Masters:
             torch._foreach_copy_([p for p, _ in live], [m for _, m in live])
         return result
 
+    def step_masters(self) -> None:
+        """Step the copies by their own gradients, nothing else."""
+        super().step()  # type: ignore[misc]
+
     def state_dict(self) -> dict[str, Any]:
         """As the optimizer's, with ``master`` among the state of each parameter that has a copy."""
         found: dict[str, Any] = super().state_dict()  # type: ignore[misc]
