@@ -42,10 +42,26 @@ DEFAULT_ARMS = (
 # Learning rates of weights and scales by bits, for every arm alike; chosen with --tune.
 RATES = {4: (1e-4, 1e-4), 3: (2e-4, 2e-4), 2: (4e-4, 4e-4)}
 
-TUNE_RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
-TUNE = tuple(f"{arm}-{lr:g}={arm},lr:{lr},scale_lr:{lr}" for arm in ("kd", "kd-pure") for lr in TUNE_RATES)
-TUNE_SPECS = ("w4", "w3", "w2g64")
-TUNE_CONTROL = tuple(f"control-{lr:g}=control,lr:{lr}" for lr in (2.5e-5, *TUNE_RATES[:4]))
+# What --tune runs for each format: NAME=ARM,changes, the most informative first.
+TUNE: dict[str, tuple[str, ...]] = {
+    "w4": (
+        *(f"control-{lr:g}=control,lr:{lr}" for lr in (2.5e-5, 5e-5, 1e-5)),
+        *(f"kd-pure-{lr:g}=kd-pure,lr:{lr},scale_lr:{lr}" for lr in (5e-5, 2.5e-5, 1e-4, 2e-4)),
+        *(f"kd-{lr:g}=kd,lr:{lr},scale_lr:{lr}" for lr in (5e-5, 2.5e-5)),
+    ),
+    "w3": (
+        *(f"kd-pure-{lr:g}=kd-pure,lr:{lr},scale_lr:{lr}" for lr in (1e-4, 4e-4, 2e-4)),
+        "kd-pure-slow-scales=kd-pure,lr:2e-4,scale_lr:2e-5",
+        "kd-1e-4=kd,lr:1e-4,scale_lr:1e-4",
+        "kd-mostly=kd,lr:2e-4,scale_lr:2e-4,loss.kl:0.9,loss.ce:0.1",
+    ),
+    "w2g64": (
+        *(f"kd-pure-{lr:g}=kd-pure,lr:{lr},scale_lr:{lr}" for lr in (4e-4, 8e-4, 2e-4)),
+        "kd-pure-slow-scales=kd-pure,lr:8e-4,scale_lr:8e-5",
+        "kd-mostly=kd,lr:8e-4,scale_lr:2e-4,loss.kl:0.9,loss.ce:0.1",
+        "kd-pure-long=kd-pure,lr:8e-4,scale_lr:2e-4,steps:3000",
+    ),
+}
 
 
 def load(args: argparse.Namespace) -> QATBench:
@@ -125,8 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", help="of the working tree, where git does not know it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.specs = args.specs or (TUNE_SPECS if args.tune else DEFAULT_SPECS)
-    args.arms = args.arms or ((*TUNE_CONTROL, *TUNE) if args.tune else DEFAULT_ARMS)
+    args.specs = args.specs or (tuple(TUNE) if args.tune else DEFAULT_SPECS)
     args.seeds = args.seeds or (1 if args.tune else 3)
     return args
 
@@ -137,13 +152,22 @@ def main() -> None:
     quiet()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     common = {"steps": args.steps, "batch_size": args.batch_size, "warmup_steps": min(50, args.steps // 10)}
-    arms = resolve_qat(list(args.arms), common)
+    if args.tune and not args.arms:
+        named = {spec: [f"{spec} {arm}" for arm in TUNE[spec]] for spec in args.specs}
+        arms = resolve_qat([arm for group in named.values() for arm in group], common)
+    else:
+        named = {}
+        arms = resolve_qat(list(args.arms or DEFAULT_ARMS), common)
     if args.jobs > 1 and args.part is None:
         children(args, began)
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     specs = [QuantSpec(*SPECS[name]) for name in args.specs]
     todo = jobs(arms, specs, args.seeds, QAT_SEEDLESS)
+    if named:
+        todo = [
+            job for job in todo if any(job.spec == QuantSpec(*SPECS[s]) for s in named if job.arm.startswith(f"{s} "))
+        ]
     controls = {name for name, fields in arms.items() if fields.get("quantizer") == "none"}
     todo = [job for job in todo if job.arm not in controls or job.spec == specs[0]]  # no format matters to them
     file = args.out

@@ -9,6 +9,7 @@ data alone do; ``steps: 0`` rounds to nearest.
 from __future__ import annotations
 
 import copy
+import re
 import time
 from dataclasses import fields as fields_of
 from typing import Any
@@ -89,6 +90,30 @@ def resolve_qat(arms: list[str], common: dict[str, Any] | None = None) -> dict[s
     return {
         name: fields if fields.get("steps") == 0 else {**(common or {}), **fields} for name, fields in found.items()
     }
+
+
+def grid(arms: list[str], axes: list[str]) -> list[str]:
+    """Definitions of every arm at every point of a grid: axes ``key=value,value,..`` over ``NAME`` or ``NAME=BASE,..``.
+
+    Raises:
+        ValueError: an axis without values.
+    """
+    points: list[list[str]] = [[]]
+    for axis in axes:
+        key, _, values = axis.partition("=")
+        if not key or not values:
+            raise ValueError(f"grid {axis!r}: write key=value,value,.. as in loss.kl=0,0.5,1")
+        points = [[*point, f"{key}:{v}"] for point in points for v in re.split(r",(?![^\[]*\])", values)]
+    if not axes:
+        return arms
+    found = []
+    for arm in arms:
+        name, _, changes = arm.partition("=")
+        if name in QAT_SEEDLESS:  # trains nothing that a grid could change
+            found.append(arm)
+            continue
+        found += [f"{' '.join([name, *point])}={','.join([changes or name, *point])}" for point in points]
+    return found
 
 
 class QATBench:

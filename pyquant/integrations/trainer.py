@@ -37,7 +37,7 @@ from pyquant.formats.spec import QuantSpec
 from pyquant.integrations import resume as disk
 from pyquant.nn.linear import FakeQuantLinear
 from pyquant.recipes.kd_loss import Distillation
-from pyquant.recipes.kd_qat import freeze, parameter_groups, set_up
+from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
 from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.master import with_masters
 from pyquant.recipes.qat_loop import data_order
@@ -103,7 +103,7 @@ def train_kd(
     """
     work_dir = Path(work_dir)
     _check_inputs(student, teacher, tokens, config)
-    student.to(torch.bfloat16 if config.weights == "bf16" else torch.float32)
+    cast_weights(student, config)
     fingerprint = disk.fingerprint(student, teacher, tokens, config, spec)
     last = disk.open_run(work_dir, fingerprint, resume)
     torch.manual_seed(config.seed)

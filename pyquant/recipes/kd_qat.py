@@ -44,7 +44,7 @@ from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.rtn import check_deployable
 from pyquant.recipes.vocabulary import bake_vocabulary, prepare_vocabulary, quantize_inputs
 
-__all__ = ["KDLoss", "convert", "freeze", "kd_loss", "parameter_groups", "prepare", "set_up"]
+__all__ = ["KDLoss", "cast_weights", "convert", "freeze", "kd_loss", "parameter_groups", "prepare", "set_up"]
 
 
 def prepare(
@@ -86,6 +86,14 @@ def prepare(
     return swap(model, spec, replace, include, exclude, skip_experts)
 
 
+def cast_weights(model: nn.Module, config: KDConfig) -> None:
+    """Put the parameters of a model into the dtype that it trains in. Buffers stay as they are: rotary frequencies in
+    bf16 are other positions, and no file holds them."""
+    dtype = torch.bfloat16 if config.weights == "bf16" else torch.float32
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
 def set_up(student: nn.Module, config: KDConfig, spec: QuantSpec) -> SwapReport:
     """Everything that happens to a student before its first step, in place: its dtype, its quantizers, embeddings and
     head, the inputs of its layers, and ov-freeze where that comes first.
@@ -93,7 +101,7 @@ def set_up(student: nn.Module, config: KDConfig, spec: QuantSpec) -> SwapReport:
     Raises:
         ValueError: as :func:`prepare`, :func:`freeze` and :func:`~pyquant.recipes.vocabulary.prepare_vocabulary`.
     """
-    student.to(torch.bfloat16 if config.weights == "bf16" else torch.float32)
+    cast_weights(student, config)
     options = None if config.soft is None else config.soft.options()
     chosen = config.include, config.exclude, config.skip_experts
     report = prepare(student, spec, config.quantizer, config.rule, *chosen, options)

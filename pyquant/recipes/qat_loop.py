@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.recipes.kd_loss import Distillation, Seen, find_head
-from pyquant.recipes.kd_qat import freeze, parameter_groups, set_up
+from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
 from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.master import with_masters
 from pyquant.recipes.soft_qat import share_temperature
@@ -120,7 +120,7 @@ def train(
     device = tokens.device
     torch.manual_seed(config.seed)
     if spec is None:
-        student.to(torch.bfloat16 if config.weights == "bf16" else torch.float32)
+        cast_weights(student, config)
     else:
         set_up(student, config, spec)
     student.to(device).train()
