@@ -241,6 +241,7 @@ class Distillation:
             raise ValueError(f"the {which}'s head is no plain linear layer, so its loss cannot be fused")
         if possible and len({h.scale for h in heads if h is not None}) > 1:
             possible = False  # the op knows one scale of logits
+        possible = possible and self.how.kl + self.how.ce + self.how.reverse_kl + self.how.jsd > 0
         self.fused = possible and _distill_loss() is not None
         self.heads = heads if self.fused else [None, None]
         self.blocks = [self._blocks(m) for m in (self.student, self.teacher)]
