@@ -43,8 +43,8 @@ def qat_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     about = (
         f"{meta['model']}: {meta['steps']:,} steps of {tokens:,} tokens of other books, {meta['eval_windows']} windows of "
         f"each text, perplexity, mean ± standard deviation over {max(r['seeds'] for r in rows)} seed(s); symmetric, "
-        f"embeddings and head in 16 bits; the last column is books over the better of full precision and the control. {meta['gpu']}, "
-        f"commit {meta['commit'][:12]}."
+        f"embeddings and head in 16 bits; the last column is books over the better of full precision and the control. "
+        f"{meta['gpu']}, commit {meta['commit'][:12]}."
     )
     return about, ["format", "arm", *TEXTS, "books, over"], cells
 
