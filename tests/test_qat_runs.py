@@ -87,6 +87,15 @@ def test_what_is_reported_is_loaded(work, tmp_path, recipe, more):
         assert len(facts["frozen"]) == 4
 
 
+def test_arithmetic_in_bf16_keeps_the_positions(work, tmp_path):
+    """Rotary frequencies are no weights: rounded with them, positions would be others than those that a loader computes."""
+    pyquant(*training(work, "rtn", "--dtype", "bfloat16", "--out", tmp_path / "q"))
+    facts = json.loads((tmp_path / "q" / "report.json").read_text())
+    assert facts["max_difference"] == 0
+    shown = pyquant("eval", tmp_path / "q", work / "eval.txt", "--length", "32", "--dtype", "bfloat16", "--json")
+    assert json.loads(shown.stdout)["rows"][0]["perplexity"] == pytest.approx(facts["rows"][0]["quantized"], rel=1e-6)
+
+
 def test_wrong_requests_are_sentences(work, tmp_path):
     for more, words in (
         (("--set", "kd.head_bits=8"), "embeddings and head are one tensor"),

@@ -29,6 +29,7 @@ from pyquant.integrations.export import export, verify
 from pyquant.integrations.files import write_atomic
 from pyquant.integrations.machine import (
     batch_for,
+    cast,
     peak_memory,
     pick_device,
     pick_dtype,
@@ -165,7 +166,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     if streamed is not None:
         streamed.set_dtype(compute)
     else:
-        model.to(device, compute)
+        cast(model, device, compute)
     work.open()
     try:
         whole = streamed or model
@@ -243,7 +244,7 @@ def _apply(
             )
         result.frozen = [name for name, m in student.named_modules() if getattr(m, "frozen", False)]
         convert(student, stored)
-        model = student.to(compute)
+        model = cast(student, next(student.parameters()).device, compute)
     model.eval()
     result.layers = layer_errors(before, model)
     return model, report
