@@ -2,21 +2,28 @@
 
 DATA holds ``models/`` and ``data/`` (the shared data). One seed of everything comes first, then the others; each finished
 row is in FILE at once and a killed run goes on after it. Arms and what they share: :mod:`pyquant.integrations.ablate`.
+
+The models are small, so one process leaves most of a GPU idle: ``--part 0/4`` .. ``--part 3/4``, each with its own FILE,
+share the jobs out, and ``--merge PART.json ..`` puts their rows into one file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.ablate import ARMS, Bench, Job, jobs, resolve, run_jobs
 from pyquant.integrations.data import load_text, windows
+from pyquant.integrations.files import write_atomic
 from pyquant.integrations.machine import quiet, versions
 from pyquant.integrations.transformers import load_causal_lm
 
@@ -29,6 +36,11 @@ TEXTS = {
     "books": ("classics/valid.txt", 400_000),  # what comes before was looked at while the model was trained
     "wikitext2": ("wikitext2/wiki.test.raw", 0),
     "tinystories": ("tinystories/stories_1000.jsonl", 0),
+}
+TUNE_TEXTS = {  # settings are chosen on these, never on what is reported
+    "books": ("classics/valid.txt", 0),
+    "wikitext2": ("wikitext2/wiki.valid.tokens", 0),
+    "tinystories": ("tinystories/stories_1000.jsonl", 260_000),
 }
 # Text of the kind that each model was trained on; of the stories, what lies far behind the measured windows.
 CALIBRATION = {
@@ -55,17 +67,33 @@ TUNE = (
 )
 
 
-def bench_of(root: Path, name: str, device: str, count: int, eval_windows: int, batch: int, share: bool) -> Bench:
+def bench_of(
+    root: Path,
+    name: str,
+    device: str,
+    count: int,
+    eval_windows: int,
+    batch: int,
+    share: bool,
+    measured: dict[str, tuple[str, int]] = TEXTS,
+) -> Bench:
     """A model of the shared data, ready to run arms."""
     length = MODELS[name]
     model, tokenizer = load_causal_lm(root / "models" / name, dtype="auto", device="cpu")
     model = model.to(device, torch.float32).eval()
-    texts = {
-        text: windows(tokenizer, load_text(str(root / "data" / file), skip_chars=skip), length, eval_windows, text)
-        for text, (file, skip) in TEXTS.items()
-    }
-    file, skip = CALIBRATION[name]
-    calibration = windows(tokenizer, load_text(str(root / "data" / file), skip_chars=skip), length)
+
+    def tokens(text: str, file: str, skip: int, at_most: int | None = None) -> Tensor:
+        """Windows of a text, kept in ``root / tokens`` where that folder exists: several processes want them."""
+        kept = root / "tokens" / f"{name}-{text}-{skip}-{at_most}.safetensors"
+        if kept.is_file():
+            return load_file(kept)["windows"].long()
+        found = windows(tokenizer, load_text(str(root / "data" / file), skip_chars=skip), length, at_most, text)
+        if kept.parent.is_dir():
+            save_file({"windows": found.int()}, kept)
+        return found
+
+    texts = {text: tokens(text, file, skip, eval_windows) for text, (file, skip) in measured.items()}
+    calibration = tokens("calibration", *CALIBRATION[name])
     return Bench(model, calibration, count * 1024 // length, texts, batch * 1024 // length, share)
 
 
@@ -75,8 +103,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON; one file for each model, -MODEL is added")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--specs", nargs="+", default=list(SPECS), choices=list(SPECS))
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help="names, or NAME=BASE,key:value,..")
-    parser.add_argument("--tune", action="store_true", help="the arms among which best was looked for")
+    parser.add_argument("--arms", nargs="+", help="names, or NAME=BASE,key:value,..")
+    parser.add_argument("--tune", action="store_true", help="measure other texts, to choose settings; other arms")
+    parser.add_argument("--part", default="0/1", help="I/N: every Nth job, from the Ith on")
+    parser.add_argument("--merge", type=Path, nargs="+", help="put the rows of these files into FILE, and stop")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="gradient steps of each block (200)")
     parser.add_argument("--calibration-windows", type=int, default=128, help="of 1,024 tokens")
@@ -88,11 +118,18 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if args.merge:
+        merge(args.out, args.merge)
+        return
     deadline = time.monotonic() + args.budget_seconds
-    arms = resolve(TUNE if args.tune else args.arms, args.steps)
+    part, parts = map(int, args.part.split("/"))
+    arms = resolve(args.arms or (TUNE if args.tune else list(ARMS)), args.steps)
+    measured = TUNE_TEXTS if args.tune else TEXTS
     share = args.device == "cuda" or args.calibration_windows <= 128
     benches = {
-        name: bench_of(args.data, name, args.device, args.calibration_windows, args.eval_windows, args.batch, share)
+        name: bench_of(
+            args.data, name, args.device, args.calibration_windows, args.eval_windows, args.batch, share, measured
+        )
         for name in args.models
     }
     print(f"ready after {args.budget_seconds - (deadline - time.monotonic()):.0f} s", flush=True)
@@ -100,7 +137,7 @@ def main() -> None:
     facts |= {"batch_tokens": args.batch * 1024}
     specs = [QuantSpec(*SPECS[name]) for name in args.specs]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    todo = jobs(arms, specs, args.seeds)
+    todo = jobs(arms, specs, args.seeds)[part::parts]
     for seed in range(args.seeds):
         for name, bench in benches.items():
             file = args.out.with_name(f"{args.out.stem}-{name}.json")
@@ -114,6 +151,20 @@ def main() -> None:
                 return
             bench.stream = None
     print("all rows are there")
+
+
+def merge(out: Path, files: list[Path]) -> None:
+    """One file of the rows of several, in the order of their keys.
+
+    Raises:
+        ValueError: files of different runs.
+    """
+    held = [json.loads(file.read_text()) for file in files]
+    for file, one in zip(files, held, strict=True):
+        if any(one["meta"].get(k) != v for k, v in held[0]["meta"].items() if k != "full_precision"):
+            raise ValueError(f"{file} is of another run than {files[0]}")
+    rows = {row["key"]: row for one in held for row in one["rows"]}
+    write_atomic(out, json.dumps({"meta": held[0]["meta"], "rows": list(rows.values())}, indent=1) + "\n")
 
 
 def commit() -> str:

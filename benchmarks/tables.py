@@ -154,12 +154,91 @@ _FORMATS = ["W4 per channel symmetric", "W4 g128 symmetric", "W3 per channel sym
 _FORMATS += ["W2 g64 symmetric", "W2 g64 asymmetric"]
 
 
+def _measured(name: str) -> dict:
+    """A file of results by its GPU where it was measured on one, else by the CPU."""
+    return _load(next(p for p in (f"h200/{name}.json", f"cpu/{name}.json") if (RESULTS / p).is_file()))
+
+
+def signals() -> str:
+    """Signals by kind of projection, from ``benchmarks.signals``."""
+    found = _measured("signals")
+    meta = found["meta"]
+    arms = {row["arm"]: row["kinds"] for row in found["rows"]}
+    full, quantized = arms["fp"], arms["ptq"]
+    trained = ["fp, trained", "kd-qat", "kd-qat, frozen v_proj,o_proj"]
+    cells = []
+    for kind, q in quantized.items():
+        spikes = [f"{arms[arm][kind]['spike']:.2f}" for arm in trained]
+        numbers = [
+            f"{q[key]:.{digits}f}" for key, digits in (("ratio", 2), ("cosine", 3), ("deviation", 2), ("excess", 2))
+        ]
+        norms = [f"{cell[kind]['norm_sq']:.2g}" for cell in (full, quantized)]
+        cells.append([kind, *norms, *numbers, f"{q['snr_db']:.1f}", *spikes])
+    about = (
+        f"{meta['model']}, {meta['spec']}, {found['rows'][0]['seeds']} seeds; probe of {meta['probe_batches']} x "
+        f"{meta['batch_size']} windows of {meta['seq_len']} tokens; {meta['steps']} steps of {meta['batch_size']} such "
+        f"windows. {meta['gpu']}, commit {meta['commit'][:12]}."
+    )
+    head = ["projection", "norm² fp", "norm² W4", "ratio", "cosine", "deviation", "excess", "SNR, dB"]
+    head += ["spike fp", "spike KD-QAT", "spike ov-freeze"]
+    return about + "\n\n" + _table(head, cells)
+
+
+def signal_tests() -> str:
+    """The claim about value and output projections, test by test, with the conclusion."""
+    found = _measured("signals")
+    cells = [[t["test"][0].upper() + t["test"][1:], t["holds"], t["figures"]] for t in found["tests"]]
+    frozen = f"`--freeze {','.join(found['freeze'])}`" if found["freeze"] else "nothing"
+    about = f"{found['overall']} What the measurement suggests to freeze: {frozen}."
+    return about + "\n\n" + _table(["test", "holds", "means over seeds"], cells)
+
+
+def signal_losses() -> str:
+    """Losses on the probe of each arm of ``benchmarks.signals``."""
+    cells = []
+    for row in _measured("signals")["rows"]:
+        values = [row["loss"][key] for key in ("kl", "ce")]
+        shown = [f"{v['mean']:.4f}" + ("" if v["half"] is None else f" ± {v['half']:.4f}") for v in values]
+        cells.append([row["arm"], *shown])
+    return "Nats a token, mean over seeds ± half of the 95 % interval.\n\n" + _table(
+        ["arm", "KL to full precision", "cross entropy"], cells
+    )
+
+
+def tasks() -> str:
+    """Scores of full precision and of W4 on the local task sets, from ``benchmarks.tasks``."""
+    found = _measured("tasks")
+    meta = found["meta"]
+    cells = []
+    for r in found["rows"]:
+        scale, digits = (100, 2) if r["unit"] == "points" else (1, 3)
+        values = []
+        for which in "ab":
+            error = r[f"{which}_stderr"]
+            spread = "" if error is None else f" ± {scale * error:.{digits}f}"
+            values.append(f"{scale * r[which]:.{digits}f}{spread}")
+        half = "" if r["half"] is None else f" ± {r['half']:.2f}"
+        cells.append(
+            [r["task"], r["metric"], *values, f"{r['difference']:+.2f}{half} {r['unit']}", str(r["documents"])]
+        )
+    limit = "all documents" if meta["limit"] is None else f"at most the first {meta['limit']} documents of each set"
+    about = (
+        f"{meta['model']}, {meta['spec']}, {limit}, 0-shot, {meta['dtype']}; ± one standard error, and for the paired "
+        f"difference half of its 95 % interval. {meta['gpu']}, commit {meta['commit'][:12]}."
+    )
+    return about + "\n\n" + _table(["task", "metric", "full precision", "W4", "difference", "documents"], cells)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "fake_quant": fake_quant,
     "accuracy": accuracy,
     "ptq": ptq,
     "end_to_end": end_to_end,
+    "signals": signals,
+    "signal_tests": signal_tests,
+    "signal_losses": signal_losses,
+    "tasks": tasks,
 }
 TABLES |= {
     "qat": lambda: _from(qat_table(_load("h200/qat.json"))),

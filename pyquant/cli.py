@@ -1,4 +1,4 @@
-"""The command line: ``pyquant quantize | ablate | eval | generate | export | bench | doctor | demo``.
+"""The command line: ``pyquant quantize | ablate | analyze | eval | generate | export | bench | doctor | demo``.
 
 Thin: each command reads its flags, calls one function of :mod:`pyquant.integrations` (imported then, so that ``--help``
 is quick) and prints what comes back. Results go to stdout, progress and errors to stderr. An expected error is one
@@ -101,7 +101,7 @@ def _exit_for(error: BaseException, kwargs: dict[str, Any]) -> BaseException:
     return typer.Exit(1)
 
 
-def _typed(context: typer.Context) -> str:
+def typed(context: typer.Context) -> str:
     """The command line as it was typed."""
     return shlex.join(["pyquant", *context.find_root().obj])
 
@@ -294,7 +294,7 @@ def quantize(
     from pyquant.integrations.summary import accuracy_table, cost_lines
 
     with Progress() as progress:
-        result = run(settings, progress, _typed(context)).to_dict()
+        result = run(settings, progress, typed(context)).to_dict()
     typer.echo("")
     if result["rows"]:
         table(*accuracy_table(result))
@@ -309,31 +309,6 @@ def quantize(
 
 Device = Annotated[str, typer.Option(help="auto|cpu|cuda")]
 Dtype = Annotated[str, typer.Option(help="Arithmetic: auto|float32|bfloat16|float16")]
-
-
-@command
-def eval_(
-    model: Annotated[str, typer.Argument(help="Folder of a full-precision or quantized model.")],
-    text: Annotated[list[str], typer.Argument(help="Texts: files, folders or data set names.")],
-    windows: Annotated[int | None, typer.Option(help="Windows of each text; all by default.")] = None,
-    length: Annotated[
-        int | None, typer.Option(help="Tokens in a window; the context, at most 2048, by default.")
-    ] = None,
-    skip_chars: Annotated[int, typer.Option(help="Characters of each text to skip.")] = 0,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Perplexity of a model on texts."""
-    from pyquant.integrations.commands import evaluate
-
-    with Progress() as progress:
-        result = evaluate(model, text, length, windows, skip_chars, device, dtype, progress)
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-        return
-    rows = [[Path(r["text"]).name, f"{r['windows']} x {r['length']}", f"{r['perplexity']:.3f}"] for r in result["rows"]]
-    table(["text", "windows", "perplexity"], rows)
 
 
 @command
@@ -424,7 +399,7 @@ def demo(
     chosen: dict[str, Any] = {"steps": steps, "model": model, "text": text}
     settings = DemoConfig(out=out, seed=seed, **{key: value for key, value in chosen.items() if value is not None})
     with Progress() as progress:
-        result = run(settings, progress, _typed(context))
+        result = run(settings, progress, typed(context))
     typer.echo("")
     table(result.columns, result.rows)
     for line in result.lines:
@@ -432,7 +407,7 @@ def demo(
     typer.echo(f"\n{out}/report.html has the details.")
 
 
-from pyquant import cli_ablate  # noqa: E402, F401 (registers the command)
+from pyquant import cli_ablate, cli_analyze, cli_eval  # noqa: E402, F401 (register their commands)
 
 
 def main() -> None:

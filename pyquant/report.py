@@ -48,6 +48,18 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: .6r
 """
 
 
+@dataclass(frozen=True)
+class Panels:
+    """A picture of small panels that share their axes' meaning: ``panels[title][line] = (x, y)``, y positive if ``log``."""
+
+    title: str
+    caption: str
+    xlabel: str
+    ylabel: str
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+    log: bool = False
+
+
 @dataclass
 class Report:
     """What :func:`write_report` shows. Every text is plain; it is escaped here.
@@ -55,11 +67,13 @@ class Report:
     Attributes:
         title, lead: heading and the sentences under it.
         tiles: the few numbers to see first, ``(number, what it is)``.
-        columns, rows: the accuracy table, cells already formatted.
+        columns, rows: the table under ``heading``, cells already formatted.
+        tables: further ones, ``(heading, columns, rows)``.
         cost: what the run cost, in sentences.
         kept: layer -> why it was left unquantized.
         layers: label -> rows ``{"name", "relative_error", ...}``, the weight errors.
         curves: label -> rows ``{"step", "loss", ...}``, the training losses.
+        pictures: panels, each under its title.
         samples: ``(label, text)`` written by the model.
         notes: caveats, in sentences.
         config, versions: for repeating the run.
@@ -71,10 +85,13 @@ class Report:
     tiles: Sequence[tuple[str, str]] = ()
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    heading: str = "Accuracy"
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
     cost: Sequence[str] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
     layers: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    pictures: Sequence[Panels] = ()
     samples: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -96,7 +113,9 @@ def render(report: Report) -> str:
         tiles = "".join(f'<div class="tile"><b>{_e(n)}</b><span>{_e(what)}</span></div>' for n, what in report.tiles)
         parts.append(f'<div class="tiles">{tiles}</div>')
     if report.rows:
-        parts += ["<h2>Accuracy</h2>", _table(report.columns, report.rows)]
+        parts += [f"<h2>{_e(report.heading)}</h2>", _table(report.columns, report.rows)]
+    for heading, columns, rows in report.tables:
+        parts += [f"<h2>{_e(heading)}</h2>", _table(columns, rows)]
     if report.notes:
         parts += ["<ul>", *(f"<li>{_e(note)}</li>" for note in report.notes), "</ul>"]
     if report.cost:
@@ -109,6 +128,9 @@ def render(report: Report) -> str:
         parts += ["<h2>Error by layer</h2>", f'<p class="soft">{caption}</p>', picture]
     if any(report.curves.values()):
         parts += ["<h2>Training loss</h2>", _picture(loss_figure(report.curves), "loss over steps")]
+    for panels in report.pictures:
+        parts += [f"<h2>{_e(panels.title)}</h2>", f'<p class="soft">{_e(panels.caption)}</p>']
+        parts.append(_picture(panel_figure(panels), panels.title))
     if report.kept:
         parts += ["<h2>Left unquantized</h2>", _pairs(report.kept, fold=12)]
     parts.append("<h2>To repeat it</h2>")
@@ -169,21 +191,72 @@ def loss_figure(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     return figure
 
 
-def _figure() -> tuple[Any, Any]:
+def panel_figure(what: Panels) -> Any:
+    """Panels four a row on one vertical scale, one legend above all; each line has one colour everywhere."""
+    from matplotlib.ticker import NullFormatter
+
+    columns = min(4, len(what.panels))
+    rows = -(-len(what.panels) // columns)
+    figure = _canvas(2.5 * columns, 2.1 * rows + 0.5)
+    names = list(dict.fromkeys(name for lines in what.panels.values() for name in lines))
+    for place, (title, lines) in enumerate(what.panels.items()):
+        axes = figure.add_subplot(rows, columns, place + 1, sharey=figure.axes[0] if figure.axes else None)
+        _soften(axes, 8)
+        axes.set_title(title, color=GREY, fontsize=9)
+        for name, (x, y) in lines.items():
+            few = {"marker": "o", "markersize": 3} if len(x) <= 12 else {}
+            axes.plot(x, y, color=COLOURS[names.index(name) % len(COLOURS)], label=name, linewidth=1.2, **few)
+        if what.log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        if place % columns == 0:
+            axes.set_ylabel(what.ylabel, fontsize=8)
+        else:
+            axes.tick_params(labelleft=False)
+        if place >= len(what.panels) - columns:
+            axes.set_xlabel(what.xlabel, fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    first = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        first.values(), first.keys(), loc="outside upper center", frameon=False, labelcolor=GREY, fontsize=8, ncols=3
+    )
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as SVG, the same bytes for the same figure."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "pyquant"}):
+        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+
+
+def _canvas(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.8, 3.4), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def _figure() -> tuple[Any, Any]:
+    figure = _canvas(6.8, 3.4)
     axes = figure.add_subplot()
+    _soften(axes, 10)
+    return figure, axes
+
+
+def _soften(axes: Any, size: int) -> None:
     axes.grid(color=GREY, alpha=0.25, linewidth=0.7)
-    axes.tick_params(colors=GREY, labelsize=10)
+    axes.tick_params(colors=GREY, labelsize=size)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(GREY)
     axes.xaxis.label.set_color(GREY)
     axes.yaxis.label.set_color(GREY)
-    return figure, axes
 
 
 def _legend(axes: Any) -> None:

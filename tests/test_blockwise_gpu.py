@@ -16,10 +16,10 @@ from pyquant.recipes.train_window import rates, train
 pytestmark = pytest.mark.gpu
 
 
-def run(**changes) -> Result:
+def run(length: int = 32, **changes) -> Result:
     fields = {"batch_size": 4, "steps": 16, **changes}
     model = tiny_llama(initializer_range=0.1, num_hidden_layers=3).cuda()
-    return blockwise(model, some_tokens(16, 32), QuantSpec(3, 32), Settings(**fields))
+    return blockwise(model, some_tokens(16, length), QuantSpec(3, 32), Settings(**fields))
 
 
 def share_of_equal_codes(a: Result, b: Result) -> float:
@@ -53,6 +53,11 @@ def test_runs_repeat_to_the_bit_and_graphs_change_nothing(arm):
     # other kernels may be chosen under capture; a code at a boundary follows the last bit of a gradient's sign
     assert share_of_equal_codes(first, run(**arm, graphs=False)) > 0.98
     assert share_of_equal_codes(first, run(**arm, seed=5)) < 0.98
+
+
+def test_attention_over_long_windows_repeats_to_the_bit():
+    first = run(length=512, steps=48)  # long enough for backward passes that add up in any order, if allowed
+    assert share_of_equal_codes(first, run(length=512, steps=48)) == 1.0
 
 
 def test_bf16_products_come_close_to_fp32():

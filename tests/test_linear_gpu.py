@@ -10,7 +10,15 @@ import torch
 from cases import WEIGHT_FAULTS, make_weight, mismatch, want_product
 from pyquant import ops
 from pyquant.ops import _registry
-from pyquant.ops.linear import EXACT_TOKENS, FEW_TOKENS, _multiprocessors, _workspace
+from pyquant.ops.linear import (
+    EXACT_TOKENS,
+    EXPANDED_BYTES,
+    FEW_TOKENS,
+    MANY_TOKENS,
+    MANY_WEIGHTS,
+    _multiprocessors,
+    _workspace,
+)
 from pyquant.ops.quantize import dtype_code, pointer, stream
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +82,24 @@ def test_every_way_to_cut_the_work(tokens, variant, group_size, symmetric):
                 continue  # it meets one value of x, which may be close to 0
             wrong = call(x, fault(weight).tiled(), bias, n, group_size, tokens, variant)
             assert mismatch(wrong, want) is not None, name
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_many_tokens_over_a_large_weight_go_through_the_expanded_weight_in_parts(symmetric):
+    m, n, k, dtype = MANY_TOKENS + 1, 16_400 + 21, 4_101, torch.bfloat16
+    assert n * k > MANY_WEIGHTS and 2 * n * k > EXPANDED_BYTES
+    weight = make_weight(n, k, 64, symmetric, dtype, "cuda")
+    x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
+    for b in (bias, None):
+        want = want_product(x, weight.w_hat, b, dtype, rounded_weight=True)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        got = ops.linear_w4a16(x, *weight.tiled(), b, n, 64)
+        extra = torch.cuda.max_memory_allocated() - before - got.numel() * 2
+        assert extra < 1.1 * EXPANDED_BYTES
+        assert mismatch(got, want) is None
+    for name, fault in WEIGHT_FAULTS.items():
+        assert mismatch(ops.linear_w4a16(x, *fault(weight).tiled(), None, n, 64), want) is not None, name
 
 
 def random_shapes(count: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -12,9 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pyquant.recipes.activations import Activations
 from pyquant.recipes.blocks import Arguments, call_block, embed
+
+log = logging.getLogger("pyquant")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products; counts from the first one on
 
 
 class Blocks(Protocol):
@@ -121,20 +126,45 @@ def precision(device: torch.device, autocast: bool) -> Callable[[], AbstractCont
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """While active, a GPU gives the same bits each time (attention's backward pass sums in an order of its own otherwise);
-    what has no such form warns. Nothing changes on a CPU."""
+    """While active, a GPU gives the same bits each time; what has no such form warns. Nothing changes on a CPU.
+
+    Attention: FlashAttention, whose backward pass has a deterministic form, or plain math where that does not apply. Under
+    warnings instead of errors that form is not taken: :func:`strictly` is for the steps of a training.
+    """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     mode, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a launch for each new tensor
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        yield
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            yield
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def strictly(rehearsal: Callable[[], object]) -> Iterator[None]:
+    """Within :func:`deterministic`: errors instead of warnings, without which attention's backward pass adds up in an
+    order of its own; as before, with one line in the log, where the rehearsal meets an operation that has no
+    deterministic form."""
+    if not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        rehearsal()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        log.warning("this training does not repeat to the bit: %s", str(error).split(". ")[0])
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 @torch.no_grad()

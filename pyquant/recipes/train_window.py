@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pyquant.recipes.streams import strictly
+
 log = logging.getLogger("pyquant")
 
 OPTIMIZERS = ("sign-sgd", "adamw")
@@ -145,6 +147,29 @@ def train(
         the losses.
     """
     params = list(params)
+    if len(order):
+        feed(order[0])
+    with strictly(lambda: torch.autograd.grad(loss(), params, materialize_grads=True)):
+        return _train(
+            params, factors, loss, feed, bound, order, probe, lr, optimizer, keep_best, reduce, graphs, on_step
+        )
+
+
+def _train(
+    params: list[nn.Parameter],
+    factors: Sequence[float],
+    loss: Callable[[], Tensor],
+    feed: Callable[[Tensor], None],
+    bound: Callable[[], None],
+    order: Tensor,
+    probe: Tensor,
+    lr: Tensor,
+    optimizer: str,
+    keep_best: bool,
+    reduce: Callable[[Sequence[Tensor]], None] | None,
+    graphs: bool,
+    on_step: Callable[[int], None] | None,
+) -> Outcome:
     device = params[0].device
     stepper = Stepper(params, factors, optimizer)
     rate, last = torch.zeros((), device=device), torch.zeros((), device=device)

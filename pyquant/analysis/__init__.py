@@ -1,0 +1,1 @@
+"""What quantization does to the signals of a model, on plain modules."""
