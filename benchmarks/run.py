@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.timing import chain_us, copies_for, graph_us, meta
-from pyquant import reference
-from pyquant.ops import fake_quant
+from benchmarks.distill import distill_rows
+from benchmarks.fake_quant import fake_quant_rows
+from benchmarks.timing import chain_us, copies_for, meta
 
 SHAPES = [(4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # (K, N)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
@@ -64,49 +64,7 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
     return rows
 
 
-def fake_quant_rows(ceilings: dict[str, float]) -> list[dict]:
-    """fake_quant (LSQ, bf16, group 128) forward, and forward + backward, against torch eager."""
-    rows = []
-    for n, k in [(4096, 14336), (8192, 28672)]:
-        copies = copies_for(2 * n * k, most=4)
-        ws = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(copies)]
-        scales = [(torch.rand(n, k // GROUP, device="cuda") / 4 + 0.2).requires_grad_() for _ in range(copies)]
-        grad = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-        want = reference.fake_quant(ws[0].detach(), scales[0].detach(), None, GROUP, 4)
-        if not torch.equal(fake_quant(ws[0], scales[0], None, GROUP, 4), want):
-            raise SystemExit(f"fake_quant is wrong at N={n} K={k}; nothing is timed")
-
-        def forward(f, i, ws=ws, scales=scales):
-            with torch.no_grad():
-                return f(ws[i], scales[i], None, GROUP, 4)
-
-        def both(f, i, ws=ws, scales=scales, grad=grad):
-            return torch.autograd.grad(f(ws[i], scales[i], None, GROUP, 4), (ws[i], scales[i]), grad)
-
-        for what, call, bytes_each in (("forward", forward, 4), ("forward+backward", both, 10)):
-            roof = n * k * bytes_each / ceilings["read_tbps"] / 1e6
-            base = graph_us([lambda i=i, call=call: call(_eager_fake_quant, i) for i in range(copies)])
-            us = graph_us([lambda i=i, call=call: call(fake_quant, i) for i in range(copies)])
-            for name, value in (("pyquant", us), ("torch-eager", base)):
-                rows.append(
-                    {
-                        "op": f"fake_quant {what}", "impl": name, "dtype": "bfloat16", "N": n, "K": k, "group": GROUP,
-                        "us": round(value, 1), "roof_us": round(roof, 1), "baseline": "torch-eager",
-                        "baseline_us": round(base, 1), "rel_err": 0.0 if name == "pyquant" else None,
-                    }
-                )  # fmt: skip
-            print(f"fake_quant {what} N={n} K={k}: roof {roof:.0f} pyquant {us:.0f} eager {base:.0f}", flush=True)
-    return rows
-
-
-def _eager_fake_quant(w, scale, zero, group, bits):
-    s = scale.repeat_interleave(group, 1)
-    v = w.float() / s
-    q = v + (v.clamp(-8, 7).round() - v).detach()
-    return (torch.where((v >= -8) & (v <= 7), q, v.clamp(-8, 7).round()) * s).to(w.dtype)
-
-
-FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows}
+FAMILIES = {"linear": linear_rows, "fake_quant": fake_quant_rows, "distill": distill_rows}
 
 
 def main() -> None:

@@ -62,20 +62,49 @@ def linear() -> str:
 
 
 def fake_quant() -> str:
-    """Microseconds of fake_quant against torch eager."""
+    """Microseconds of fake_quant beside torch.compile and torch eager, a row a mode, direction and shape."""
     found = _load("h200/fake_quant.json")
-    ours = {(r["op"], r["N"], r["K"]): r for r in found["rows"] if r["impl"] == "pyquant"}
-    rows = [
-        [
-            op.removeprefix("fake_quant "),
-            f"{n} x {k}",
-            f"{r['roof_us']:.0f}",
-            f"**{r['us']:.0f}**",
-            f"{r['baseline_us']:.0f}",
-        ]
-        for (op, n, k), r in ours.items()
-    ]
-    return _about(found["meta"]) + "\n\n" + _table(["", "N x K", "roof", "pyquant", "torch eager"], rows)
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in found["rows"]:
+        cells.setdefault((row.get("mode", "LSQ"), row["op"], row["N"], row["K"], row["group"]), {})[row["impl"]] = row
+    rows = []
+    for (mode, op, n, k, group), impls in cells.items():
+        others = [f"{impls[i]['us']:.0f}" if i in impls else "-" for i in ("torch-compile", "torch-eager")]
+        width = "per channel" if group == -1 else f"g{group}"
+        ours = impls["pyquant"]
+        shape, what = f"{n} x {k}", op.removeprefix("fake_quant ")
+        rows.append([mode, what, shape, width, f"{ours['roof_us']:.0f}", f"**{ours['us']:.0f}**", *others])
+    head = ["", "", "N x K", "scales", "roof", "pyquant", "torch.compile", "torch eager"]
+    return _about(found["meta"]) + "\n\n" + _table(head, rows)
+
+
+def distill(found: dict | None = None) -> str:
+    """Milliseconds, memory and error of the distillation loss and its peers."""
+    found = found or _load("h200/distill.json")
+    names = {
+        "pyquant": "**pyquant**", "torch-eager": "torch eager", "torch-compile": "torch.compile",
+        "liger-fused-jsd": "Liger LigerFusedLinearJSD", "liger-chunked-jsd": "Liger chunked JSD",
+        "liger-fused-kl": "Liger LigerFusedLinearKLDivLoss",
+    }  # fmt: skip
+    labels = {"distill kl": "KL", "distill jsd": "JSD", "distill kl+ce": "KL + CE"}
+    rows = []
+    for row in found["rows"]:
+        if row["op"] == "four products":
+            about = "four matrix products alone"
+            rows.append(["", about, f"{row['us'] / 1e3:.1f}", "", "", ""])
+        elif row["op"] in labels:
+            errors = [f"{1e3 * row[name]:.1f}e-3" for name in ("rel_err", "rel_err_weight")]
+            rows.append(
+                [
+                    labels[row["op"]],
+                    names[row["impl"]],
+                    f"{row['us'] / 1e3:.1f}",
+                    f"{row['peak_extra_gib']:.2f}",
+                    *errors,
+                ]
+            )
+    head = ["", "", "ms", "peak GiB beside the inputs", "error of grad_x", "error of grad_weight"]
+    return _about(found["meta"]) + "\n\n" + _table(head, rows)
 
 
 def accuracy(name: str = "h200/accuracy.json") -> str:
@@ -232,6 +261,7 @@ def tasks() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "fake_quant": fake_quant,
+    "distill": distill,
     "accuracy": accuracy,
     "ptq": ptq,
     "end_to_end": end_to_end,

@@ -57,17 +57,94 @@ uint64_t capture_id(uintptr_t stream) {
 }
 
 void fake_quant(uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale, uintptr_t zero, uintptr_t out, int64_t n,
-                int64_t k, int64_t group_size, int bits, uintptr_t stream) {
-    pyquant::fake_quant(at<void>(w), dtype, w_stride, at<float>(scale), at<float>(zero), at<void>(out), n, k,
-                        group_size, bits, as_stream(stream));
+                int64_t k, int64_t group_size, int bits, int rounding, int clamp, uintptr_t temperature, float beta,
+                bool soft_forward, uintptr_t stream) {
+    pyquant::fake_quant({at<void>(w),
+                         nullptr,
+                         dtype,
+                         w_stride,
+                         0,
+                         at<float>(scale),
+                         at<float>(zero),
+                         at<float>(temperature),
+                         at<void>(out),
+                         nullptr,
+                         nullptr,
+                         n,
+                         k,
+                         group_size,
+                         bits,
+                         1.0f,
+                         rounding,
+                         clamp,
+                         beta,
+                         soft_forward},
+                        as_stream(stream));
 }
 
 void fake_quant_backward(uintptr_t grad, int64_t grad_stride, uintptr_t w, int dtype, int64_t w_stride, uintptr_t scale,
                          uintptr_t zero, uintptr_t dw, uintptr_t dscale, uintptr_t dzero, int64_t n, int64_t k,
-                         int64_t group_size, int bits, float grad_scale, uintptr_t stream) {
-    pyquant::fake_quant_backward(at<void>(grad), grad_stride, at<void>(w), dtype, w_stride, at<float>(scale),
-                                 at<float>(zero), at<void>(dw), at<float>(dscale), at<float>(dzero), n, k, group_size,
-                                 bits, grad_scale, as_stream(stream));
+                         int64_t group_size, int bits, float grad_scale, int rounding, int clamp, uintptr_t temperature,
+                         float beta, bool soft_forward, uintptr_t stream) {
+    pyquant::fake_quant_backward({at<void>(w),
+                                  at<void>(grad),
+                                  dtype,
+                                  w_stride,
+                                  grad_stride,
+                                  at<float>(scale),
+                                  at<float>(zero),
+                                  at<float>(temperature),
+                                  at<void>(dw),
+                                  at<float>(dscale),
+                                  at<float>(dzero),
+                                  n,
+                                  k,
+                                  group_size,
+                                  bits,
+                                  grad_scale,
+                                  rounding,
+                                  clamp,
+                                  beta,
+                                  soft_forward},
+                                 as_stream(stream));
+}
+
+void distill_rows(uintptr_t sums, uintptr_t grad, int grad_dtype, uintptr_t student, int64_t student_stride,
+                  uintptr_t teacher, int teacher_dtype, int64_t teacher_stride, uintptr_t labels, uintptr_t factor,
+                  int64_t ignore_index, float kl, float reverse_kl, float jsd, float jsd_beta, float ce,
+                  float temperature, float softcap, float teacher_softcap, float student_scale, float teacher_scale,
+                  int64_t count, int64_t vocabulary, int64_t first, int64_t rows, int block, uintptr_t stream) {
+    const pyquant::DistillRows a{at<float>(sums),
+                                 at<void>(grad),
+                                 grad_dtype,
+                                 at<float>(student),
+                                 student_stride,
+                                 at<void>(teacher),
+                                 teacher_dtype,
+                                 teacher_stride,
+                                 at<int64_t>(labels),
+                                 at<float>(factor),
+                                 ignore_index,
+                                 kl,
+                                 reverse_kl,
+                                 jsd,
+                                 jsd_beta,
+                                 ce,
+                                 temperature,
+                                 softcap,
+                                 teacher_softcap,
+                                 student_scale,
+                                 teacher_scale,
+                                 count,
+                                 vocabulary,
+                                 first,
+                                 rows,
+                                 block};
+    pyquant::distill_rows(a, as_stream(stream));
+}
+
+void distill_scale(uintptr_t t, int dtype, int64_t count, uintptr_t factor, float scale, uintptr_t stream) {
+    pyquant::distill_scale(at<void>(t), dtype, count, at<float>(factor), scale, as_stream(stream));
 }
 
 void rms_norm(uintptr_t x, int64_t x_stride, uintptr_t residual, int64_t residual_stride, int dtype, uintptr_t weight,
@@ -151,6 +228,8 @@ PYBIND11_MODULE(_C, m) {
           "The id of the graph that a stream is being captured into, or 0.");
     m.def("fake_quant", &fake_quant);
     m.def("fake_quant_backward", &fake_quant_backward);
+    m.def("distill_rows", &distill_rows);
+    m.def("distill_scale", &distill_scale);
     py::class_<pyquant::AttentionArguments>(m, "AttentionArguments").def(py::init(&attention_arguments));
     m.def("rms_norm", &rms_norm);
     m.def("silu_and_mul", &silu_and_mul);

@@ -41,14 +41,48 @@ void linear_wgmma_bf16(const LinearCall& call, int force_tokens, int force_cut, 
 void linear_wgmma_fp16(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream);
 int64_t linear_workspace(int multiprocessors);  // bytes
 
-// out [n, k] contiguous = fake-quantized w; scale and zero fp32 row-major.
-void fake_quant(const void* w, int dtype, int64_t w_stride, const float* scale, const float* zero, void* out, int64_t n,
-                int64_t k, int64_t group_size, int bits, cudaStream_t stream);
+// fake_quant: out [n, k] contiguous = the quantized value of w; scale and zero fp32 row-major [n, ceil(k / group)].
+// Its backward: out is dw, dscale and dzero are fp32 row-major. rounding 0 straight-through, 1 and 2 the sigmoid
+// roundings A and B; clamp 0 hard, 1 sigmoid, 2 phi; temperature one fp32 on the device, or null with rounding 0.
+struct FakeQuantCall {
+    const void *w, *grad;
+    int dtype;
+    int64_t w_stride, grad_stride;
+    const float *scale, *zero, *temperature;
+    void* out;
+    float *dscale, *dzero;
+    int64_t n, k, group_size;
+    int bits;
+    float grad_scale;
+    int rounding, clamp;
+    float beta;
+    bool soft_forward;
+};
+void fake_quant(const FakeQuantCall& call, cudaStream_t stream);
+void fake_quant_backward(const FakeQuantCall& call, cudaStream_t stream);
 
-// Gradients of fake_quant: dw [n, k] contiguous in w's dtype, dscale and dzero fp32 row-major.
-void fake_quant_backward(const void* grad, int64_t grad_stride, const void* w, int dtype, int64_t w_stride,
-                         const float* scale, const float* zero, void* dw, float* dscale, float* dzero, int64_t n,
-                         int64_t k, int64_t group_size, int bits, float grad_scale, cudaStream_t stream);
+// Rows of logits of a distillation step: csrc/distill.cu says what is computed. grad null: losses only; teacher null:
+// cross-entropy only; labels null: every row counts. softcap 0: none. student and teacher have rows at 16 bytes.
+struct DistillRows {
+    float* sums;  // [count, 4]
+    void* grad;   // in blocks of columns, of a matrix [rows, vocabulary]; row 0 here is its row `first`
+    int grad_dtype;
+    const float* student;
+    int64_t student_stride;
+    const void* teacher;
+    int teacher_dtype;
+    int64_t teacher_stride;
+    const int64_t* labels;
+    const float* factor;
+    int64_t ignore_index;
+    float kl, reverse_kl, jsd, jsd_beta, ce, temperature, softcap, teacher_softcap, student_scale, teacher_scale;
+    int64_t count, vocabulary, first, rows;
+    int block;
+};
+void distill_rows(const DistillRows& a, cudaStream_t stream);
+
+// t *= *factor * scale, in place; where that is 1 nothing is touched.
+void distill_scale(void* t, int dtype, int64_t count, const float* factor, float scale, cudaStream_t stream);
 
 // ---- the kernels of a decode step around the matrix products
 

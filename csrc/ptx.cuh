@@ -174,6 +174,12 @@ __device__ __forceinline__ void cluster_sync_relaxed() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// Its two halves, for work in between.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
 // Address of another block's shared memory, for the same variable.
 __device__ __forceinline__ uint32_t map_shared(const void* shared, uint32_t rank) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -186,6 +192,14 @@ __device__ __forceinline__ float load_cluster(uint32_t address) {
     float v;
     asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
     return v;
+}
+
+// Numbers to the shared memory of a block of the cluster; their bytes count at a barrier there, no other order is
+// needed.
+__device__ __forceinline__ void send(uint32_t address, float v, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
+                 "f"(v), "r"(barrier)
+                 : "memory");
 }
 #endif
 

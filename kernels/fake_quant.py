@@ -1,12 +1,16 @@
-"""fake_quant: quantize and dequantize at once, forward and backward.
+"""fake_quant: quantize and dequantize at once, forward and backward, with straight-through or soft slopes.
 
-What it computes, with v = w / scale, z = clamp(round(zero)), q = clamp(round(v) + z) and "inside" where v + z lies
-within the codes (without a zero, z = 0 and the codes are symmetric)::
+What it computes, with v = w / scale, z = clamp(round(zero)), x = v + z, q = clamp(round(v) + z), h' the slope of the rounding
+over the clamp and u the forward's value in steps (without a zero, z = 0 and the codes are symmetric)::
 
-    forward    out = (q - z) * scale
-    backward   dw     = grad                          inside, 0 outside
-               dscale = sum over the group of grad * ((q - z) - v) inside, grad * (q - z) outside       * grad_scale
-               dzero  = sum over the group of 0 inside, -grad * scale outside                           * grad_scale
+    forward    out = u * scale                    u = q - z, or with SOFT f(c(x)) - z
+    backward   dw     = grad h'
+               dscale = sum over the group of grad (u - v h')           * grad_scale
+               dzero  = sum over the group of grad scale (h' - 1)       * grad_scale
+
+f and c are those of ``reference.soft_round`` and ``reference.soft_clamp``. NEAR takes one gate of the soft clamp, that of the
+edge on x's side of the middle m, as e = |x - m| - half, c = m + sign(x - m) (half + e g(-e)), c' = g(-e) - e g'(-e): the
+other gate changes a slope by less than 2^-17 where beta * half >= 15.
 
 Layouts: w and grad ``[N, K]`` any strides; scale and zero ``[N, ceil(K/G)]`` any strides; results contiguous.
 
@@ -53,10 +57,86 @@ def _round(v, z, low, high, HAS_ZERO: tl.constexpr):
 
 
 @triton.jit
+def _slope_of_sigmoid(z):
+    """sig(z) sig(-z), in a form that never overflows."""
+    e = tl.exp(-tl.abs(z))
+    return e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _gate(z, PHI: tl.constexpr):
+    """(g(z), g'(z)) of the gate at unit sharpness."""
+    if PHI:
+        return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476), tl.exp(-0.5 * z * z) * 0.3989422804014327
+    else:
+        return tl.sigmoid(z), _slope_of_sigmoid(z)
+
+
+@triton.jit
+def _soft_clamp(x, low, high, beta, CLAMP: tl.constexpr, NEAR: tl.constexpr):
+    """(c, c') of x in codes. CLAMP 0 hard, 1 sigmoid, 2 phi."""
+    if CLAMP == 0:
+        return clamp(x, low, high), tl.where((x >= low) & (x <= high), 1.0, 0.0)
+    else:
+        b = beta
+        if CLAMP == 2:
+            b = beta / 1.702
+        if NEAR:
+            half = 0.5 * (high - low)
+            middle = 0.5 * (high + low)
+            e = tl.abs(x - middle) - half
+            g, d = _gate(-b * e, CLAMP == 2)
+            y = half + e * g
+            return middle + tl.where(x < middle, -y, y), g - b * e * d
+        else:
+            above, d_above = _gate(b * (x - low), CLAMP == 2)
+            below, d_below = _gate(b * (high - x), CLAMP == 2)
+            c = x * above * below + low * (1.0 - above) + high * (1.0 - below)
+            return c, above * below + b * (d_above * (x * below - low) + d_below * (high - x * above))
+
+
+@triton.jit
+def _soft_round(c, t, ROUND: tl.constexpr):
+    """(f, f') of c in codes at temperature t. ROUND 0 straight-through, 1 and 2 the readings A and B."""
+    if ROUND == 0:
+        return round_half_even(c), 1.0
+    elif ROUND == 1:
+        n = round_half_even(c)
+        u = c - n + 0.5
+        f = n - 1.0 + tl.sigmoid(t * u) + tl.sigmoid(t * (u - 1.0))
+        return f, t * (_slope_of_sigmoid(t * u) + _slope_of_sigmoid(t * (u - 1.0)))
+    else:
+        n = tl.floor(c)
+        r = c - n - 0.5
+        norm = 2.0 * tl.sigmoid(0.5 * t) - 1.0
+        return n + 0.5 + (tl.sigmoid(t * r) - 0.5) / norm, t * _slope_of_sigmoid(t * r) / norm
+
+
+@triton.jit
+def _soft(
+    v, z, low, high, beta, temperature_ptr,
+    HAS_ZERO: tl.constexpr, ROUND: tl.constexpr, CLAMP: tl.constexpr, NEAR: tl.constexpr,
+):  # fmt: skip
+    """(f(c(x)) - z, f'(c(x)) c'(x)) at x = v + z."""
+    x = clamp(v, -65536.0, 65536.0)  # far outside both are constant, and nothing overflows
+    if HAS_ZERO:
+        x += z
+    t = 0.0
+    if ROUND != 0:
+        t = tl.load(temperature_ptr)
+    c, c_slope = _soft_clamp(x, low, high, beta, CLAMP, NEAR)
+    f, f_slope = _soft_round(c, t, ROUND)
+    if HAS_ZERO:
+        f -= z
+    return f, f_slope * c_slope
+
+
+@triton.jit
 def _forward_kernel(
-    out_ptr, w_ptr, scale_ptr, zero_ptr, n, k, groups, group_size,
-    w_stride_n, w_stride_k, scale_stride_n, scale_stride_g, zero_stride_n, zero_stride_g, low, high,
+    out_ptr, w_ptr, scale_ptr, zero_ptr, temperature_ptr, n, k, groups, group_size,
+    w_stride_n, w_stride_k, scale_stride_n, scale_stride_g, zero_stride_n, zero_stride_g, low, high, beta,
     HAS_ZERO: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    ROUND: tl.constexpr, CLAMP: tl.constexpr, NEAR: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     row = segment // groups
@@ -73,16 +153,21 @@ def _forward_kernel(
         col = first[:, None] + step * BLOCK + tl.arange(0, BLOCK)[None, :]
         mask = valid[:, None] & (col < last[:, None])
         w = tl.load(w_ptr + row[:, None] * w_stride_n + col.to(tl.int64) * w_stride_k, mask=mask, other=0.0)
-        steps, _ = _round(tl.div_rn(w.to(tl.float32), s), z, low, high, HAS_ZERO)
+        v = tl.div_rn(w.to(tl.float32), s)
+        if SOFT:
+            steps, _ = _soft(v, z, low, high, beta, temperature_ptr, HAS_ZERO, ROUND, CLAMP, NEAR)
+        else:
+            steps, _ = _round(v, z, low, high, HAS_ZERO)
         tl.store(out_ptr + row[:, None] * k + col, (steps * s).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
-    dw_ptr, dscale_ptr, dzero_ptr, grad_ptr, w_ptr, scale_ptr, zero_ptr, n, k, groups, group_size,
+    dw_ptr, dscale_ptr, dzero_ptr, grad_ptr, w_ptr, scale_ptr, zero_ptr, temperature_ptr, n, k, groups, group_size,
     grad_stride_n, grad_stride_k, w_stride_n, w_stride_k,
-    scale_stride_n, scale_stride_g, zero_stride_n, zero_stride_g, low, high, grad_scale,
+    scale_stride_n, scale_stride_g, zero_stride_n, zero_stride_g, low, high, beta, grad_scale,
     HAS_ZERO: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    ROUND: tl.constexpr, CLAMP: tl.constexpr, NEAR: tl.constexpr, SOFT: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)
     row = segment // groups
@@ -103,14 +188,23 @@ def _backward_kernel(
         wide_col = col.to(tl.int64)
         w = tl.load(w_ptr + row[:, None] * w_stride_n + wide_col * w_stride_k, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + row[:, None] * grad_stride_n + wide_col * grad_stride_k, mask=mask, other=0.0)
+        g = g.to(tl.float32)  # masked lanes have g = 0 and add nothing
         v = tl.div_rn(w, s)
         steps, inside = _round(v, z, low, high, HAS_ZERO)
-        dw = tl.where(inside, g.to(tl.float32), 0.0)
+        if ROUND == 0 and CLAMP == 0:
+            dw = tl.where(inside, g, 0.0)
+            scale_sum += g * tl.where(inside, steps - v, steps)
+        else:
+            value, slope = _soft(v, z, low, high, beta, temperature_ptr, HAS_ZERO, ROUND, CLAMP, NEAR)
+            if SOFT:
+                steps = value
+            if CLAMP == 0:
+                slope = tl.where(inside, slope, 0.0)
+            dw = g * slope
+            scale_sum += g * tl.where(slope == 0.0, steps, steps - v * slope)
         tl.store(dw_ptr + row[:, None] * k + col, dw.to(dw_ptr.dtype.element_ty), mask=mask)
-        # masked lanes have g = 0 and add nothing
-        scale_sum += g.to(tl.float32) * tl.where(inside, steps - v, steps)
         if HAS_ZERO:
-            zero_sum += tl.where(inside, 0.0, -g.to(tl.float32) * s)
+            zero_sum += (dw - g) * s
     dscale = tl.sum(scale_sum, axis=1) * grad_scale
     tl.store(dscale_ptr + segment, dscale.to(dscale_ptr.dtype.element_ty), mask=valid)
     if HAS_ZERO:
@@ -133,8 +227,31 @@ def _plan(w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: 
     return triton.cdiv(n * groups, segments), (n, k, groups, group_size), (float(low), float(high)), constants
 
 
-def fake_quant(out: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int) -> None:
-    """Fill ``out`` with the quantized value of w, bit-identical to the reference.
+def _modes(rounding: str, clamp_name: str, beta: float, soft_forward: bool, codes: tuple[float, float]) -> dict:
+    """The constants that pick a surrogate; one kernel serves all beta on the same side of NEAR's bound."""
+    hard = (rounding, clamp_name) == ("ste", "hard")
+    return {
+        "ROUND": ("ste", "sigmoid-a", "sigmoid-b").index(rounding),
+        "CLAMP": ("hard", "sigmoid", "phi").index(clamp_name),
+        "NEAR": clamp_name != "hard" and beta * (codes[1] - codes[0]) / 2 >= 15,
+        "SOFT": soft_forward and not hard,
+    }
+
+
+def fake_quant(
+    out: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_size: int,
+    bits: int,
+    rounding: str = "ste",
+    clamp: str = "hard",
+    temperature: Tensor | None = None,
+    beta: float = 10.0,
+    soft_forward: bool = False,
+) -> None:
+    """Fill ``out`` with the quantized value of w, bit-identical to the reference unless ``soft_forward``.
 
     Args:
         out: ``[N, K]`` in w's dtype, contiguous.
@@ -142,14 +259,19 @@ def fake_quant(out: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, group
         scale, zero: float ``[N, ceil(K/G)]``, any strides; zero None means symmetric.
         group_size: any G >= 1, or -1.
         bits: 2..8.
+        rounding, clamp, temperature, beta, soft_forward: as in :func:`pyquant.fake_quant`; temperature a tensor.
     """
     if out.numel() == 0:
         return
     programs, sizes, codes, constants = _plan(w, scale, zero, group_size, bits)
     zero_strides = (0, 0) if zero is None else zero.stride()
+    modes = _modes(rounding, clamp, beta, soft_forward, codes)
+    if not modes["SOFT"]:
+        modes |= {"ROUND": 0, "CLAMP": 0, "NEAR": False}  # the exact forward is one kernel for all of them
     _forward_kernel[(programs,)](
-        out, w, scale, zero, *sizes, *w.stride(), *scale.stride(), *zero_strides, *codes, **constants
-    )
+        out, w, scale, zero, temperature if modes["ROUND"] else None, *sizes,
+        *w.stride(), *scale.stride(), *zero_strides, *codes, beta, **constants, **modes,
+    )  # fmt: skip
 
 
 def fake_quant_backward(
@@ -163,6 +285,11 @@ def fake_quant_backward(
     group_size: int,
     bits: int,
     grad_scale: float,
+    rounding: str = "ste",
+    clamp: str = "hard",
+    temperature: Tensor | None = None,
+    beta: float = 10.0,
+    soft_forward: bool = False,
 ) -> None:
     """Fill the gradients of :func:`fake_quant`.
 
@@ -173,6 +300,7 @@ def fake_quant_backward(
         grad: ``[N, K]`` float, any strides.
         w, scale, zero, group_size, bits: as in the forward.
         grad_scale: factor on dscale and dzero.
+        rounding, clamp, temperature, beta, soft_forward: as in the forward.
     """
     if dw.numel() == 0:
         dscale.zero_()
@@ -181,7 +309,8 @@ def fake_quant_backward(
         return
     programs, sizes, codes, constants = _plan(w, scale, zero, group_size, bits)
     zero_strides = (0, 0) if zero is None else zero.stride()
+    modes = _modes(rounding, clamp, beta, soft_forward, codes)
     _backward_kernel[(programs,)](
-        dw, dscale, dzero, grad, w, scale, zero, *sizes,
-        *grad.stride(), *w.stride(), *scale.stride(), *zero_strides, *codes, grad_scale, **constants,
+        dw, dscale, dzero, grad, w, scale, zero, temperature if modes["ROUND"] else None, *sizes,
+        *grad.stride(), *w.stride(), *scale.stride(), *zero_strides, *codes, beta, grad_scale, **constants, **modes,
     )  # fmt: skip

@@ -414,6 +414,9 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         calls["linear_w4a16_backward"].append((grad_y, qweight, scale, zero, 100, 32))
         calls["fake_quant"].append((leaf(w), leaf(s), leaf(z), 16, 4, 0.5))
         calls["fake_quant_backward"].append((grad, w, s, z, 16, 4, 0.5))
+        soft = "sigmoid-b" if symmetric else "sigmoid-a", "sigmoid", torch.tensor(4.0, device=device), 10.0, symmetric
+        calls["fake_quant"].append((leaf(w), leaf(s), leaf(z), 16, 4, 0.5, *soft))
+        calls["fake_quant_backward"].append((grad, w, s, z, 16, 4, 0.5, *soft))
         # strides: results are contiguous whatever the arguments are
         across = torch.randn(40, 6, device=device).T
         calls["quantize_int4"].append((across, s, None, 16, 4))
@@ -423,5 +426,6 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         calls["linear_w4a16"].append((leaf(wide), qweight, scale, zero, None, 70, 32))
         calls["linear_w4a16_backward"].append((wide[..., :70], qweight, scale, zero, 100, 32))
     import decode_cases  # here, as it imports this file
+    import distill_cases
 
-    return {**calls, **decode_cases.sample_calls(device)}
+    return {**calls, **decode_cases.sample_calls(device), **distill_cases.sample_calls(device)}

@@ -22,7 +22,8 @@ from pyquant.quantizers import make_quantizer
 from pyquant.recipes.kd_loss import Distillation, KDLoss, feature_loss, find_head, kd_loss
 from pyquant.recipes.kd_qat import convert, prepare, set_up
 from pyquant.recipes.master import with_masters
-from pyquant.recipes.soft_qat import SoftQAT
+from pyquant.recipes.qat_loop import train
+from pyquant.recipes.soft_qat import SoftQAT, share_temperature
 from pyquant.recipes.vocabulary import fake_quant_tokens, prepare_vocabulary, quantize_inputs
 
 SPEC = QuantSpec(3, 32)
@@ -311,10 +312,12 @@ def test_masters_step_in_fp32():
         {"activation_bits": 8, "embedding_bits": 8, "head_bits": 8},
         {"quantizer": "range", "loss": KDLoss(0.5, 0.0, features=0.5), "train_embeddings": False, "train_head": False},
         {"gradient_checkpointing": True, "loss": KDLoss(0.5, 0.5, features=0.5), "weights": "bf16"},
+        {"quantizer": "soft", "soft": SoftQAT(schedule="cosine", start=2.0, end=8.0)},
+        {"quantizer": "soft", "soft": SoftQAT(soft_forward=True), "freeze": ("v_proj",), "freeze_at": 4},
         {"optim": "adamw_torch_8bit"},
         {"optim": "adamw_torch_8bit", "weights": "bf16"},
     ],
-    ids=["bf16", "eight", "range", "checkpointing", "torchao", "torchao-bf16"],
+    ids=["bf16", "eight", "range", "checkpointing", "soft", "soft-forward", "torchao", "torchao-bf16"],
 )
 def test_options_resume_bit_by_bit(tmp_path, changes):
     if "optim" in changes:
@@ -372,3 +375,50 @@ def test_temperatures():
             SoftQAT(**fields)
     with pytest.raises(ValueError, match="go together"):
         KDConfig(soft=SoftQAT())
+
+
+@pytest.mark.parametrize("rounding", ["ste", "sigmoid-a", "sigmoid-b"])
+@pytest.mark.parametrize("clamp", ["hard", "sigmoid", "phi"])
+def test_every_cell_trains_and_hardens_exactly(rounding, clamp):
+    model, teacher, tokens = tiny_llama(), tiny_llama(), learnable_tokens()
+    soft = SoftQAT(rounding, clamp, soft_forward=True, schedule="exponential", start=2.0, end=8.0)
+    config = replace(CONFIG, steps=30, batch_size=8, lr=1e-3, quantizer="soft", soft=soft, loss=KDLoss(1.0, 0.0))
+    run = train(model, teacher, tokens, config, SPEC)
+    assert run.losses[-3:, 0].mean() < 0.9 * run.losses[:3, 0].mean(), "three steps see all windows"
+    temperatures = {float(m.temperature) for m in model.modules() if getattr(m, "temperature", None) is not None}
+    assert temperatures == (set() if rounding == "ste" else {pytest.approx(8.0)})
+    with torch.no_grad():  # the scales as they will be stored, so that nothing but the hardening is between
+        for m in model.modules():
+            if isinstance(m, FakeQuantLinear):
+                m.quantizer.scale.copy_(m.quantizer.scale.bfloat16())
+        for p in model.parameters():
+            if p.dim() == 1 or p is model.lm_head.weight:
+                p.copy_(p.bfloat16())
+    ids = some_tokens()
+    with torch.no_grad():
+        soft_logits = model.train()(input_ids=ids).logits
+    exact = probe_logits(model.eval(), ids)
+    convert(model)
+    assert torch.equal(probe_logits(model, ids), exact)
+    assert (rounding, clamp) == ("ste", "hard") or not torch.equal(soft_logits, exact)
+
+
+def test_one_temperature_for_all_layers():
+    model = tiny_llama()
+    prepare(model, SPEC, "soft", options=SoftQAT().options())
+    shared = share_temperature(model)
+    shared.fill_(7.5)
+    found = [m.temperature for m in model.modules() if hasattr(m, "temperature")]
+    assert len(found) == 14
+    assert all(t is shared for t in found)
+    assert share_temperature(tiny_llama()) is None
+
+
+def test_the_hard_cell_is_lsq():
+    tokens = learnable_tokens()
+    runs = []
+    for changes in ({}, {"quantizer": "soft", "soft": SoftQAT("ste", "hard")}):
+        runs.append(train(tiny_llama(), tiny_llama(), tokens, replace(CONFIG, **changes), SPEC).losses)
+    assert torch.equal(*runs)
+    other = replace(CONFIG, quantizer="soft", soft=SoftQAT("sigmoid-b", "hard"))
+    assert not torch.equal(runs[0], train(tiny_llama(), tiny_llama(), tokens, other, SPEC).losses)

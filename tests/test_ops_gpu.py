@@ -35,6 +35,7 @@ class Calls:
         self.w, self.s, self.z, self.grad = make_fake_quant(
             FakeQuantCase(65, 384, 128, symmetric=False), torch.float16, device
         )
+        self.t = torch.full((2,), 4.0, device=device)[0]
         quant = torch.ops.pyquant
         self.all = {
             "linear_w4a16": lambda: (ops.linear_w4a16(self.x, qweight, scale, zero, None, 130, 128),),
@@ -46,12 +47,19 @@ class Calls:
             "quantize_int4": lambda: (ops.quantize_int4(self.w, self.s, None, 128, 4),),
             "fake_quant": lambda: (ops.fake_quant(self.w, self.s, self.z, 128, 4),),
             "fake_quant_backward": lambda: quant.fake_quant_backward(self.grad, self.w, self.s, self.z, 128, 4, 0.5),
+            "fake_quant at a temperature": lambda: (
+                ops.fake_quant(self.w, self.s, self.z, 128, 4, 0.5, "sigmoid-b", "sigmoid", self.t, 10.0, True),
+            ),
+            "fake_quant_backward at a temperature": lambda: quant.fake_quant_backward(
+                self.grad, self.w, self.s, self.z, 128, 4, 0.5, "sigmoid-a", "sigmoid", self.t
+            ),
         }
         # the first argument of each op: what changes between two replays
         self.first = {
             "linear_w4a16": self.x, "linear_w4a16 of many tokens": self.many,
             "linear_w4a16_backward": self.grad_y, "dequantize_int4": scale,
             "quantize_int4": self.w, "fake_quant": self.w, "fake_quant_backward": self.grad,
+            "fake_quant at a temperature": self.w, "fake_quant_backward at a temperature": self.grad,
         }  # fmt: skip
 
 
@@ -67,6 +75,8 @@ NAMES = [
     "quantize_int4",
     "fake_quant",
     "fake_quant_backward",
+    "fake_quant at a temperature",
+    "fake_quant_backward at a temperature",
 ]
 
 
@@ -111,6 +121,25 @@ def test_is_captured_in_a_graph(backend, name):
         graph.replay()
     torch.cuda.synchronize()
     assert same(got, want)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("at a temperature")])
+def test_a_captured_graph_follows_the_temperature(backend, name):
+    """A schedule changes the scalar between replays: nothing read it when the graph was captured."""
+    calls = Calls("cuda")
+    run = calls.all[name]
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    for temperature in (2.0, 9.0):
+        calls.t.fill_(temperature)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same(got, run())
+    calls.t.fill_(1.0)
+    assert not same(got, run())
 
 
 @pytest.mark.parametrize("name", NAMES)

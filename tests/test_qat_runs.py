@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from pyquant.cli import app
 from pyquant.integrations.ablate_qat import grid
-from pyquant.quantizers import QUANTIZERS
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +61,6 @@ def training(work, recipe, *more):
     ids=["eight-bits", "freeze-at", "soft", "soft-forward"],
 )
 def test_what_is_reported_is_loaded(work, tmp_path, recipe, more):
-    if recipe == "soft-qat" and "soft" not in QUANTIZERS:
-        pytest.skip("the quantizer soft is not there")
     pyquant(*training(work, recipe, *more, "--out", tmp_path / "q"))
     facts = json.loads((tmp_path / "q" / "report.json").read_text())
     (row,) = facts["rows"]

@@ -32,10 +32,10 @@ def types(half: str) -> dict[str, str]:
     pointers = {
         "out_ptr": half, "w_ptr": half, "x_ptr": half, "y_ptr": half, "bias_ptr": half, "grad_ptr": half,
         "dw_ptr": half, "scale_ptr": half, "zero_ptr": "fp32", "dscale_ptr": "fp32", "dzero_ptr": "fp32",
-        "parts_ptr": "fp32",
+        "parts_ptr": "fp32", "temperature_ptr": "fp32",
         "qweight_ptr": "i32",
     }  # fmt: skip
-    scalars = {**dict.fromkeys(SIZES.split(), "i32"), **dict.fromkeys(("low", "high", "grad_scale"), "fp32")}
+    scalars = {**dict.fromkeys(SIZES.split(), "i32"), **dict.fromkeys(("low", "high", "beta", "grad_scale"), "fp32")}
     return {**{name: "*" + kind for name, kind in pointers.items()}, **scalars}
 
 
@@ -46,6 +46,8 @@ def build(kernel, arch, half="bf16", pointers=None, options=None, **constants) -
         constants |= {"zero_ptr": None, "dzero_ptr": None}
     if not constants.get("HAS_BIAS", True):
         constants |= {"bias_ptr": None}
+    if not constants.get("ROUND", True):
+        constants |= {"temperature_ptr": None}
     built = compile_kernel(kernel, {**types(half), **(pointers or {})}, constants, arch, **(options or {}))
     assert built.stack_bytes == 0, f"{built.registers} registers and {built.stack_bytes} spilled bytes a thread"
     return built
@@ -85,6 +87,7 @@ def test_dequantize(arch, zero):
 def test_fake_quant(arch, zero):
     for segments, steps in ((16, 1), (1, 3)):
         how = {"HAS_ZERO": zero, "SEGMENTS": segments, "BLOCK": 2048 // segments, "STEPS": steps}
+        how |= {"ROUND": 0, "CLAMP": 0, "NEAR": False, "SOFT": False}
         for kernel in (fake_quant._forward_kernel, fake_quant._backward_kernel):
             built = build(kernel, arch, **how)
             assert "div.rn.f32" in built.ptx
@@ -92,6 +95,30 @@ def test_fake_quant(arch, zero):
             assert "atom" not in built.ptx, "no atomics: the same bits every time"
             assert count(r"ld\.global\.v4", built) >= 2
             assert count(r"st\.global\.v4", built) >= 2
+
+
+@pytest.mark.parametrize("clamp", [0, 1, 2])
+@pytest.mark.parametrize("rounding", [0, 1, 2])
+def test_fake_quant_soft(rounding, clamp):
+    """All surrogates on Hopper, one gate and two, in the backward and in the soft forward."""
+    for near in {clamp > 0, False}:
+        how = {
+            "HAS_ZERO": True,
+            "SEGMENTS": 16,
+            "BLOCK": 128,
+            "STEPS": 1,
+            "ROUND": rounding,
+            "CLAMP": clamp,
+            "NEAR": near,
+        }
+        for kernel, soft in (
+            (fake_quant._forward_kernel, True),
+            (fake_quant._backward_kernel, False),
+            (fake_quant._backward_kernel, True),
+        ):
+            built = build(kernel, 90, SOFT=soft, **how)
+            assert "atom" not in built.ptx
+            assert count(r"ld\.global\.v4", built) >= 2
 
 
 def tiles(arch: int) -> list[tuple[int, ...]]:

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from surrogates import CORNERS, MODES, results
 
 import cases
 from cases import (
@@ -172,3 +173,23 @@ def test_fake_quant(case, dtype):
         if found.numel():
             bound = 256 * cases.U32 * (grad.double().abs() * 2**case.bits * 4).sum(1, keepdim=True)
             assert ((found.double() - value).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("mode", [*MODES, *CORNERS], ids=str)
+@pytest.mark.parametrize("case", [FAKE_QUANT_CASES[i] for i in (2, 3, 8, 10)], ids=ids)
+def test_fake_quant_soft(case, mode):
+    dtype = torch.float16 if case.symmetric else torch.float32
+    w, scale, zero, grad = make_fake_quant(case, dtype, "cpu")
+    args = w, scale, zero, case.group_size, case.bits
+    want = results(w, scale, zero, grad, case, mode, 0.3)
+    got = ops.fake_quant(*args, 0.3, *mode.arguments("cpu"))
+    if not mode.soft_forward:
+        assert torch.equal(got, reference.fake_quant(*args))
+    dw, dscale, dzero = torch.ops.pyquant.fake_quant_backward(grad, *args, 0.3, *mode.arguments("cpu"))
+    value, terms = want.without_jumps(got, grad, case, 0.3)
+    assert mismatch(*value) is None
+    assert mismatch(dw, want.dw) is None
+    assert mismatch(dw.roll(1, 0), want.dw) is not None
+    assert mismatch(dscale, terms["dscale"]) is None
+    if zero is not None:
+        assert mismatch(dzero, terms["dzero"]) is None

@@ -223,11 +223,17 @@ class FakeQuantLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.quantizer = quantizer
         self.frozen = False
+        self.reused: Any = None  # set inside pyquant.nn.reuse_fake_quant
         self.train(linear.training)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, spec: QuantSpec | None = None, quantizer: str = "lsq", rule: str = "minmax"
+        cls,
+        linear: nn.Linear,
+        spec: QuantSpec | None = None,
+        quantizer: str = "lsq",
+        rule: str = "minmax",
+        **settings: Any,
     ) -> FakeQuantLinear:
         """Take over an ``nn.Linear``.
 
@@ -236,6 +242,7 @@ class FakeQuantLinear(nn.Linear):
             spec: bits, group size, symmetry.
             quantizer: name in :data:`pyquant.quantizers.QUANTIZERS`.
             rule: how the first range is found, ``minmax`` or ``mse``.
+            settings: what the quantizer takes beyond these.
 
         Raises:
             ValueError: for NaN or Inf weights, a K that is no multiple of the group, or an unknown name.
@@ -243,11 +250,13 @@ class FakeQuantLinear(nn.Linear):
         spec = spec or QuantSpec()
         if why := spec.misfit(linear.in_features):
             raise ValueError(why)
-        return cls(linear, make_quantizer(quantizer, linear.weight, spec, rule))
+        return cls(linear, make_quantizer(quantizer, linear.weight, spec, rule, **settings))
 
     def quantized_weight(self) -> Tensor:
         """w_hat ``[N, K]`` in the weight's dtype."""
-        return self.weight if self.frozen else self.quantizer(self.weight)
+        if self.frozen:
+            return self.weight
+        return self.quantizer(self.weight) if self.reused is None else self.reused.weight()
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.quantized_weight(), self.bias)

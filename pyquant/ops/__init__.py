@@ -2,6 +2,7 @@
 
 from pyquant.ops.activation import silu_and_mul
 from pyquant.ops.attention import attention_decode, rope_append
+from pyquant.ops.distill import distill_loss
 from pyquant.ops.fake_quant import fake_quant
 from pyquant.ops.linear import linear_w4a16
 from pyquant.ops.norm import add_rms_norm, rms_norm
@@ -12,6 +13,7 @@ __all__ = [
     "add_rms_norm",
     "attention_decode",
     "dequantize_int4",
+    "distill_loss",
     "fake_quant",
     "greedy_append",
     "linear_w4a16",

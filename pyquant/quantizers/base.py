@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
 
-QUANTIZERS: dict[str, Callable[..., Quantizer]] = {}  # name -> class, called as (w, spec, rule)
+QUANTIZERS: dict[str, Callable[..., Quantizer]] = {}  # name -> class, called as (w, spec, rule, **settings)
 
 
 class Quantizer(nn.Module):
@@ -47,7 +48,7 @@ def register(name: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
     return enter
 
 
-def make_quantizer(name: str, w: Tensor, spec: QuantSpec, rule: str = "minmax") -> Quantizer:
+def make_quantizer(name: str, w: Tensor, spec: QuantSpec, rule: str = "minmax", **settings: Any) -> Quantizer:
     """A quantizer of the table, initialised on w.
 
     Args:
@@ -55,6 +56,7 @@ def make_quantizer(name: str, w: Tensor, spec: QuantSpec, rule: str = "minmax") 
         w: ``[N, K]``.
         spec: bits, group size, symmetry.
         rule: how the first range is found (``minmax`` or ``mse``).
+        settings: what the quantizer takes beyond these.
 
     Raises:
         ValueError: for an unknown name.
@@ -62,4 +64,4 @@ def make_quantizer(name: str, w: Tensor, spec: QuantSpec, rule: str = "minmax") 
     if name not in QUANTIZERS:
         raise ValueError(f"unknown quantizer {name!r}; known: {', '.join(QUANTIZERS)}")
     with torch.no_grad():
-        return QUANTIZERS[name](w, spec, rule)
+        return QUANTIZERS[name](w, spec, rule, **settings)
