@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyquant import ops
 from pyquant.nn.linear import FakeQuantLinear
+from pyquant.ops import distill_loss
 from pyquant.recipes.blocks import find_blocks
 
 
@@ -242,7 +242,7 @@ class Distillation:
         if possible and len({h.scale for h in heads if h is not None}) > 1:
             possible = False  # the op knows one scale of logits
         possible = possible and self.how.kl + self.how.ce + self.how.reverse_kl + self.how.jsd > 0
-        self.fused = possible and _distill_loss() is not None
+        self.fused = possible
         self.heads = heads if self.fused else [None, None]
         self.blocks = [self._blocks(m) for m in (self.student, self.teacher)]
 
@@ -298,7 +298,7 @@ class Distillation:
     def _fused(self, seen: Seen, taught: Seen | None, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         how, (mine, other) = self.how, self.heads
         assert seen.hidden is not None and mine is not None
-        loss, parts = _distill_loss()(
+        loss, parts = distill_loss(
             _rows(seen.hidden), seen.weight, labels[:, 1:].reshape(-1),
             None if taught is None else _rows(taught.hidden), None if taught is None else taught.weight,
             kl=how.kl, reverse_kl=how.reverse_kl, jsd=how.jsd, jsd_beta=how.jsd_beta, ce=how.ce,
@@ -314,10 +314,6 @@ def _rows(hidden: Tensor | None) -> Tensor:
     """``[B, T, H]`` without the last position, which predicts nothing, as ``[B (T - 1), H]``."""
     assert hidden is not None
     return hidden[:, :-1].reshape(-1, hidden.shape[-1])
-
-
-def _distill_loss() -> Any:
-    return getattr(ops, "distill_loss", None)
 
 
 @contextmanager
