@@ -42,7 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ahead1": {"lookahead": 1},
     "ahead2": {"lookahead": 2},
     "ahead-end": {"lookahead": "end"},
-    "best": {"start": "gptq", "target": "both", "scale_lr": 0.3, "polish": 400, "polish_lr": 0.005},
+    "best": {"start": "gptq", "target": "both", "scale_lr": 0.3, "polish": 400, "polish_lr": 0.0025},
 }
 UNCOMPARED = ("commit", "full_precision")  # of meta: may differ between the runs that fill a file
 SEEDLESS = ("rtn", "mse")  # no data in them: one seed says all
