@@ -363,7 +363,7 @@ def test_every_setting_has_a_flag():
     assert "--set" in words
     rare = {"kd.bf16", "gptq.batch_size"}  # of a recipe file, or --set
     rare |= {f"kd.{name}" for name in ("reverse_kl", "jsd", "jsd_beta", "features", "feature_layers", "fused_loss")}
-    rare |= {f"kd.{name}" for name in ("activation_bits", "embedding_bits", "head_bits", "weights")}
+    rare |= {f"kd.{name}" for name in ("activation_bits", "embedding_bits", "head_bits", "weights", "reuse_fake_quant")}
     rare |= {f"kd.{name}" for name in ("train_embeddings", "train_head")}
     rare |= {f"soft.{name}" for name in ("beta", "soft_forward", "schedule", "start", "end")}
     for key in set(known_keys()) - {"kd", "soft", "gptq", "blockwise", "model"} - rare:

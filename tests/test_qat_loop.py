@@ -25,6 +25,7 @@ from pyquant.integrations.ablate_qat import (
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.trainer import train_kd
 from pyquant.nn import FakeQuantLinear, QLinear
+from pyquant.quantizers import LSQ
 from pyquant.recipes.kd_loss import KDLoss
 from pyquant.recipes.kd_qat import convert
 from pyquant.recipes.kd_settings import SCHEDULES, KDConfig
@@ -53,8 +54,9 @@ def test_rates_are_those_of_transformers(schedule):
         {"freeze": ("o_proj",), "freeze_at": 4},
         {"loss": KDLoss(0.3, 0.2, reverse_kl=0.2, jsd=0.3, features=0.1)},
         {"weights": "bf16", "quantizer": "range"},
+        {"reuse_fake_quant": True, "grad_accum": 3, "freeze": ("o_proj",), "freeze_at": 4},
     ],
-    ids=["plain", "freeze", "freeze-at", "mix", "bf16"],
+    ids=["plain", "freeze", "freeze-at", "mix", "bf16", "reuse"],
 )
 def test_trains_what_the_trainer_trains(tmp_path, changes):
     config = replace(CONFIG, **changes)
@@ -74,6 +76,20 @@ def test_trains_what_the_trainer_trains(tmp_path, changes):
     assert frozen == [n for n, m in one.named_modules() if getattr(m, "frozen", False)]
     assert bool(frozen) == bool(config.freeze)
     assert run.losses[-1, 0] < run.losses[0, 0]
+
+
+def test_reused_weights_are_quantized_once_a_step(monkeypatch):
+    calls = []
+    forward = LSQ.forward
+    monkeypatch.setattr(LSQ, "forward", lambda self, w: calls.append(1) or forward(self, w))
+    losses = []
+    for reuse in (False, True):
+        calls.clear()
+        run = train(tiny_llama(), tiny_llama(), learnable_tokens(), replace(CONFIG, reuse_fake_quant=reuse), SPEC)
+        losses.append(run.losses)
+        # 14 layers, 8 steps; two passes a step, and the look at the head before the first
+        assert len(calls) == 14 * (8 if reuse else 16) + 28
+    assert torch.allclose(*losses, rtol=1e-4)
 
 
 def test_kept_teaching_changes_nothing():

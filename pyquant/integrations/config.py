@@ -71,6 +71,7 @@ class KDSettings(BaseModel):
     weights: Literal["fp32", "bf16"] = "fp32"
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_torch_8bit"] = "adamw_torch"
     gradient_checkpointing: bool = False
+    reuse_fake_quant: bool = False
 
 
 class SoftSettings(BaseModel):

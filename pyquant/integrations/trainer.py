@@ -35,6 +35,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations import resume as disk
+from pyquant.nn import reuse_fake_quant
 from pyquant.nn.linear import FakeQuantLinear
 from pyquant.recipes.kd_loss import Distillation
 from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
@@ -286,6 +287,7 @@ class _KDTrainer(Trainer):
         self.config, self.interrupted, self.on_log = config, interrupted, on_log
         self.history: list[dict[str, Any]] = []
         self.parts: list[dict[str, Tensor]] = []
+        self.reuse: contextlib.ExitStack | None = None
         self.started = time.monotonic()
         student.to(args.device)
         self.teacher = teacher.to(args.device).eval()
@@ -326,6 +328,22 @@ class _KDTrainer(Trainer):
             )
         self.parts.append({"loss": loss.detach(), **parts})
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """With ``reuse_fake_quant`` the passes of an optimizer step share the quantized weights."""
+        if not self.config.reuse_fake_quant or self.config.grad_accum == 1:
+            return super().training_step(*args, **kwargs)
+        if self.reuse is None:
+            self.reuse = contextlib.ExitStack()
+            self.reuse.enter_context(reuse_fake_quant(self.model))
+        with contextlib.ExitStack() as unless_done:
+            unless_done.push(self.reuse)  # an exception passes through the context
+            loss = super().training_step(*args, **kwargs)
+            if not self.accelerator.sync_gradients:
+                unless_done.pop_all()
+                return loss
+        self.reuse = None
+        return loss
 
     # The Trainer's own checkpoints are pickles; these four hooks write and read ours instead.
 

@@ -43,6 +43,9 @@ class KDConfig:
         optim: AdamW by the name that transformers gives it: ``adamw_torch``, ``adamw_torch_fused``, or with 8-bit
             states ``adamw_8bit`` (bitsandbytes) and ``adamw_torch_8bit`` (torchao).
         gradient_checkpointing: less memory, about a third more time.
+        reuse_fake_quant: quantize each weight once for all ``grad_accum`` passes of a step
+            (:func:`pyquant.nn.reuse_fake_quant`): less time, and while a step lasts the memory of the quantized weights and
+            their gradients.
 
     Raises:
         ValueError: for values that cannot be.
@@ -79,6 +82,7 @@ class KDConfig:
     weights: str = "fp32"
     optim: str = "adamw_torch"
     gradient_checkpointing: bool = False
+    reuse_fake_quant: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "save_steps"):

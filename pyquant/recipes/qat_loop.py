@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
+from pyquant.nn import reuse_fake_quant
 from pyquant.recipes.kd_loss import Distillation, Seen, find_head
 from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
 from pyquant.recipes.kd_settings import KDConfig
@@ -189,15 +190,19 @@ class _Step:
     def body(self) -> Tensor:
         """Loss and parts of one step on the windows that ``rows`` names, ``[1 + parts]``; weights are updated."""
         total: Tensor | None = None
-        for rows in self.rows.split(self.config.batch_size):
-            ids = self.tokens.index_select(0, rows)
-            with self.precision():
-                taught = None if self.taught is None else self.taught.see(rows, self.objective.fused)
-                loss, parts = self.objective(ids, ids, taught)
-            (loss / self.config.grad_accum).backward()
-            self.names = list(parts)
-            found = torch.stack([loss.detach().float(), *(p.float() for p in parts.values())]) / self.config.grad_accum
-            total = found if total is None else total + found
+        reuse = self.config.reuse_fake_quant and self.config.grad_accum > 1
+        with reuse_fake_quant(self.student) if reuse else contextlib.nullcontext():
+            for rows in self.rows.split(self.config.batch_size):
+                ids = self.tokens.index_select(0, rows)
+                with self.precision():
+                    taught = None if self.taught is None else self.taught.see(rows, self.objective.fused)
+                    loss, parts = self.objective(ids, ids, taught)
+                (loss / self.config.grad_accum).backward()
+                self.names = list(parts)
+                found = (
+                    torch.stack([loss.detach().float(), *(p.float() for p in parts.values())]) / self.config.grad_accum
+                )
+                total = found if total is None else total + found
         if self.config.max_grad_norm:
             live = [p for p in self.student.parameters() if p.grad is not None]
             nn.utils.clip_grad_norm_(live, self.config.max_grad_norm, foreach=True)
