@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -181,6 +182,12 @@ def test_a_row_is_the_perplexity_of_the_converted_model():
     assert all(torch.equal(p, p.bfloat16().float()) for p in student.parameters())
     for name, rows in b.texts.items():
         assert row["perplexity"][name] == pytest.approx(perplexity(student, rows), rel=1e-6)
+
+
+def test_an_arm_that_diverges_is_a_row():
+    row = bench().run({"steps": 4, "batch_size": 4, "warmup_steps": 0, "lr": 1e30, "scale_lr": 1e30}, SPEC, 0)
+    assert row["perplexity"] == {"a": math.inf, "b": math.inf}
+    assert "the loss is" in row["notes"][0]
 
 
 def test_arms_that_cannot_be():

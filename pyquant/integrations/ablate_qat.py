@@ -9,6 +9,7 @@ data alone do; ``steps: 0`` rounds to nearest.
 from __future__ import annotations
 
 import copy
+import math
 import re
 import time
 from dataclasses import fields as fields_of
@@ -157,7 +158,8 @@ class QATBench:
 
         Returns:
             ``{"perplexity": {text: value}, "seconds", "eval_seconds", "ms_per_step", "lr", "scale_lr", "losses", "notes"}``;
-            ``losses`` are means over twenty stretches of the run, of the loss and its parts.
+            ``losses`` are means over twenty stretches of the run, of the loss and its parts. A run that diverged has
+            infinite perplexities and says so in its notes.
         """
         config = self.settings(fields, spec, seed)
         began = time.monotonic()
@@ -168,7 +170,11 @@ class QATBench:
             round_all(student, self.scale_dtype)
         else:
             control = fields.get("quantizer") == "none"
-            run = train(student, self.model, self.tokens, config, None if control else spec, self.teaching)
+            try:
+                run = train(student, self.model, self.tokens, config, None if control else spec, self.teaching)
+            except FloatingPointError as error:  # a result like any other: these settings diverge
+                row |= {"perplexity": dict.fromkeys(self.texts, math.inf), "notes": [str(error)]}
+                return row | {"seconds": time.monotonic() - began, "eval_seconds": 0.0}
             stretches = run.losses.tensor_split(min(20, config.steps))
             row |= {
                 "ms_per_step": 1000 * run.seconds / config.steps, "lr": config.lr, "scale_lr": config.scale_lr,
