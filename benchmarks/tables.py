@@ -63,7 +63,7 @@ def linear() -> str:
 
 def fake_quant() -> str:
     """Microseconds of fake_quant beside torch.compile and torch eager, a row a mode, direction and shape."""
-    found = _load("h200/fake_quant.json")
+    found = _load(next(p for p in (f"{gpu}/fake_quant.json" for gpu in ("h200", "h100")) if (RESULTS / p).is_file()))
     cells: dict[tuple, dict[str, dict]] = {}
     for row in found["rows"]:
         cells.setdefault((row.get("mode", "LSQ"), row["op"], row["N"], row["K"], row["group"]), {})[row["impl"]] = row
