@@ -247,7 +247,7 @@ def distill_rows(ceilings: dict[str, float], tokens: int = TOKENS, lengths: list
 def memory_rows(lengths: list[int], shape: dict) -> list[dict]:
     """Peak memory against tokens, the gradients of x and the weight themselves taken off."""
     rows = []
-    for name in ("pyquant", "torch-eager", "torch-compile", "liger-fused-jsd"):
+    for name in ("pyquant", "torch-eager", "liger-fused-jsd"):
         for tokens in lengths:
             torch.cuda.empty_cache()
             data = Data(tokens, HIDDEN, VOCABULARY)

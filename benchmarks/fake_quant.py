@@ -64,7 +64,8 @@ def fake_quant_rows(ceilings: dict[str, float], groups: tuple[int, ...] = (128, 
                 made: dict[str, Callable[..., Tensor]] = {"pyquant": ours}
                 if name in PEERS and group != -1:
                     made["torch-eager"] = partial(plain, group=group, mode=mode, temperature=temperature)
-                    made["torch-compile"] = torch.compile(made["torch-eager"])
+                    torch._dynamo.reset()  # past a number of compilations it would run eagerly instead
+                    made["torch-compile"] = torch.compile(made["torch-eager"], dynamic=False)
                 rows += _time(made, name, ws, scales, grad, group, ceilings["read_tbps"], error)
             del ws, scales, grad
     return rows

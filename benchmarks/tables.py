@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.tables_qat import large_table, qat_table
 from pyquant.integrations.spread import summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ def linear() -> str:
 
 def fake_quant() -> str:
     """Microseconds of fake_quant beside torch.compile and torch eager, a row a mode, direction and shape."""
-    found = _load("h200/fake_quant.json")
+    found = _load(next(p for p in (f"{gpu}/fake_quant.json" for gpu in ("h200", "h100")) if (RESULTS / p).is_file()))
     cells: dict[tuple, dict[str, dict]] = {}
     for row in found["rows"]:
         cells.setdefault((row.get("mode", "LSQ"), row["op"], row["N"], row["K"], row["group"]), {})[row["impl"]] = row
@@ -173,6 +174,11 @@ def arms(model: str, texts: tuple[str, ...] = ("books", "wikitext2", "tinystorie
     return about + "\n\n" + _table(["format", "arm", *texts, "seconds"], cells)
 
 
+def _from(parts: tuple[str, list[str], list[list[str]]]) -> str:
+    about, columns, cells = parts
+    return about + "\n\n" + _table(columns, cells)
+
+
 _FORMATS = ["W4 per channel symmetric", "W4 g128 symmetric", "W3 per channel symmetric", "W3 g128 symmetric"]
 _FORMATS += ["W2 g64 symmetric", "W2 g64 asymmetric"]
 
@@ -281,6 +287,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "signal_tests": signal_tests,
     "signal_losses": signal_losses,
     "tasks": tasks,
+}
+TABLES |= {
+    "qat": lambda: _from(qat_table(_load("h200/qat.json"))),
+    "qat_large": lambda: _from(large_table(_load("h200/qat_large.json"))),
 }
 TABLES |= {"arms_28m": partial(arms, "classics-llama-28m"), "arms_260k": partial(arms, "stories260K")}
 

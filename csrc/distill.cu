@@ -1,11 +1,15 @@
 // distill_rows: losses of a distillation step for rows of logits, and their gradient D to the student's products.
 //
-//   z = cap tanh(scale product / cap)      s, t = softmax(z / T) of student and teacher      p = softmax(z) of the
-//   student kl  = T^2 sum t log(t / s)       reverse = T^2 sum s log(s / t)       ce = -log p[label] jsd = T^2 (beta
-//   sum t log(t / m) + (1 - beta) sum s log(s / m)),      m = beta t + (1 - beta) s D   = (T (w_kl (s - t) + w_reverse
-//   s (log(s / t) - sum s log(s / t))
-//             + w_jsd (1 - beta) s (log(s / m) - sum s log(s / m)))
-//          + w_ce (p - [label])) * (1 - (z / cap)^2) * scale * factor
+//   z = cap tanh(scale product / cap)      s, t = softmax(z / T) of student and teacher
+//   p = softmax(z) of the student          m = beta t + (1 - beta) s
+//
+//   kl  = T^2 sum t log(t / s)             reverse = T^2 sum s log(s / t)             ce = -log p[label]
+//   jsd = T^2 (beta sum t log(t / m) + (1 - beta) sum s log(s / m))
+//
+//   D = (T w_kl (s - t)
+//        + T w_reverse s (log(s / t) - sum s log(s / t))
+//        + T w_jsd (1 - beta) s (log(s / m) - sum s log(s / m))
+//        + w_ce (p - [label])) * (1 - (z / cap)^2) * scale * factor
 //
 //   student fp32 [C, V], teacher fp32, bf16 or fp16 [C, V], rows at 16 bytes; D in 16 or 32 bits, in blocks of columns
 //   one behind the other (reference.distill_blocks); sums fp32 [C, 4]; fp32 inside, base-2 exponentials.

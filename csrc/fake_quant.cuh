@@ -1,7 +1,7 @@
 // What the kernels of fake_quant share: exact division by a scale, the surrogates of round and clamp, memory access.
 //
-// Equations (reference/fake_quant.py has them in full), with v = w / scale, x = v + zero the position on the grid of codes
-// low .. high, m = (low + high) / 2 its middle and half = (high - low) / 2; m is half an integer, so that in
+// Equations (reference/fake_quant.py has them in full), with v = w / scale, x = v + zero the position on the grid of
+// codes low .. high, m = (low + high) / 2 its middle and half = (high - low) / 2; m is half an integer, so that in
 //
 //   y = |x - m|        thresholds of the rounding lie at integers y, grid points between them, the edges at y = half
 //

@@ -31,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pyquant.kernels.int4 import clamp, round_half_even
+from pyquant.kernels.int4 import clamp_keeping_nan as clamp
+from pyquant.kernels.int4 import round_half_even
 
 _STEP = 2048  # elements of a program's step: 16 per thread of 4 warps
 

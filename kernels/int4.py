@@ -107,3 +107,10 @@ def round_half_even(v):
 def clamp(v, low, high):
     """v limited to low..high."""
     return tl.minimum(tl.maximum(v, low), high)
+
+
+@triton.jit
+def clamp_keeping_nan(v, low, high):
+    """v limited to low..high; NaN stays, where :func:`clamp` makes it low."""
+    above = tl.maximum(v, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(above, high, propagate_nan=tl.PropagateNan.ALL)

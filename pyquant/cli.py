@@ -21,7 +21,14 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from pyquant.cli_output import Progress, table
-from pyquant.integrations.config import SECTIONS, BlockwiseSettings, KDSettings, QuantizeConfig, load_config
+from pyquant.integrations.config import (
+    SECTIONS,
+    BlockwiseSettings,
+    KDSettings,
+    QuantizeConfig,
+    load_config,
+    settings_of,
+)
 
 # Threads that wait for their siblings by spinning cost a busy machine most of its time: up to ten times the work was
 # measured on two shared cores with small matrices. OpenMP reads this when torch is imported, which is later.
@@ -115,7 +122,7 @@ def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any
     return typer.Option(*flags, help=f"{what}{note}".strip(), rich_help_panel=panel, show_default=False)
 
 
-_KD = "Training (--recipe kd-qat)"
+_KD = "Training (--recipe kd-qat and soft-qat)"
 _GPTQ = "Calibration (--recipe gptq and blockwise)"
 _BLOCK = "Training of blocks (--recipe blockwise; and --steps, --batch-size, --lr, --kl, --scale-lr relative to --lr)"
 _EVAL = "Evaluation"
@@ -253,12 +260,16 @@ def quantize(
     freeze_at: Annotated[
         int | None, _option("kd.freeze_at", "--freeze-at", text="Step to freeze at.", panel=_KD)
     ] = None,
-    quantizer: Annotated[
-        str | None, _option("kd.quantizer", "--quantizer", text="lsq (learned scales) or ste.", panel=_KD)
-    ] = None,
+    quantizer: Annotated[str | None, _option("kd.quantizer", "--quantizer", text="", panel=_KD)] = None,
+    rounding: Annotated[str | None, _option("soft.rounding", "--rounding", text="Of soft-qat.", panel=_KD)] = None,
+    clamp: Annotated[str | None, _option("soft.clamp", "--clamp", text="Of soft-qat.", panel=_KD)] = None,
+    optim: Annotated[str | None, _option("kd.optim", "--optim", text="", panel=_KD)] = None,
     save_steps: Annotated[int | None, _option("kd.save_steps", "--save-steps", text="", panel=_KD)] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory, slower.", rich_help_panel=_KD)
+    ] = None,
+    other: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe file (repeatable).")
     ] = None,
 ) -> None:
     """Quantize a model, measure what it costs, and write a folder that transformers, vLLM and SGLang load."""
@@ -274,9 +285,10 @@ def quantize(
         flags |= {f"blockwise.{name}": given[name] for name in BlockwiseSettings.model_fields if name in given}
     else:
         flags |= {f"kd.{name}": given[name] for name in KDSettings.model_fields if name in given}
+        flags |= {"soft.rounding": rounding, "soft.clamp": clamp}
         flags |= {"gptq.windows": calibration_windows, "gptq.seq_len": calibration_length}
         flags |= {"gptq.act_order": act_order, "gptq.damp": damp, "kd.freeze": frozen}
-    settings = load_config(config, flags)
+    settings = load_config(config, flags | settings_of(other or []))
 
     from pyquant.integrations.pipeline import quantize as run
     from pyquant.integrations.summary import accuracy_table, cost_lines

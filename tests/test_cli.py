@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,9 +16,20 @@ from trained import make_tiny_model, tiny_text
 from typer.testing import CliRunner
 
 from pyquant.cli import app
-from pyquant.integrations.config import BlockwiseSettings, KDSettings, QuantizeConfig, known_keys, load_config
-from pyquant.integrations.trainer import KDConfig
+from pyquant.integrations.config import (
+    BlockwiseSettings,
+    KDSettings,
+    QuantizeConfig,
+    SoftSettings,
+    known_keys,
+    load_config,
+    settings_of,
+)
+from pyquant.integrations.pipeline import kd_config
+from pyquant.recipes.kd_loss import KDLoss
+from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.settings import Settings
+from pyquant.recipes.soft_qat import SoftQAT
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +255,7 @@ def test_overwrite_replaces(model, tmp_path):
         ("steps: 3", ["unknown key 'steps'", "kd.steps"]),
         ("bits: 5", ["bits=5", "less than or equal to 4"]),
         ("group_size: 100", ["group_size=100", "-1, 32, 64 or 128"]),
-        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq', 'blockwise' or 'kd-qat'"]),
+        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq', 'blockwise', 'kd-qat' or 'soft-qat'"]),
         ("- 1", ["must hold keys and values"]),
         ("kd: 3", ["kd must hold keys"]),
         ("a: [", ["is not YAML"]),
@@ -318,10 +330,26 @@ def test_flags_override_the_file(tmp_path):
 
 def test_the_training_settings_are_the_trainers():
     ours, theirs = KDSettings().model_dump(), KDConfig()
-    loss = {name: ours.pop(name) for name in ("kl", "ce", "temperature")}
-    assert loss == {name: getattr(theirs.loss, name) for name in loss}
-    for name, value in ours.items():
-        assert getattr(theirs, name) == value, name
+    elsewhere = {"loss", "rule", "include", "exclude", "skip_experts", "soft", "seed"}
+    assert ours.keys() == (theirs.__dataclass_fields__.keys() - elsewhere) | KDLoss.__dataclass_fields__.keys()
+    config = QuantizeConfig(model="m", out="o", recipe="kd-qat", calibration="t")
+    assert kd_config(config) == KDConfig()
+    assert SoftSettings().model_dump() == asdict(SoftQAT())
+    soft = kd_config(QuantizeConfig(model="m", out="o", recipe="soft-qat", calibration="t"))
+    assert soft == KDConfig(loss=KDLoss(0.0, 1.0), quantizer="soft", soft=SoftQAT())
+    with pytest.raises(ValueError, match="quantizer of its own, not 'ste'"):
+        kd_config(QuantizeConfig(model="m", out="o", recipe="soft-qat", calibration="t", kd={"quantizer": "ste"}))
+
+
+def test_any_setting_by_name():
+    found = settings_of(["kd.jsd=0.5", "soft.start=2", "kd.feature_layers=[0, -1]", "kd.freeze=[3.v_proj]"])
+    config = load_config(None, {"model": "m", "out": "o", "recipe": "soft-qat", "calibration": "t", **found})
+    assert (config.kd.jsd, config.soft.start, config.kd.feature_layers) == (0.5, 2.0, (0, -1))
+    assert config.kd.freeze == ("3.v_proj",)
+    with pytest.raises(ValueError, match=r"unknown key 'kd\.jds'; did you mean kd\.jsd"):
+        load_config(None, {"model": "m", "out": "o", **settings_of(["kd.jds=1"])})
+    with pytest.raises(ValueError, match=r"--set kd\.jsd: write KEY=VALUE"):
+        settings_of(["kd.jsd"])
 
 
 def test_the_settings_of_blocks_are_the_recipes():
@@ -336,7 +364,13 @@ def test_every_setting_has_a_flag():
     words = pyquant("quantize", "--help").stdout
     named = {"gptq.windows": "calibration-windows", "gptq.seq_len": "calibration-length"}
     named |= {"blockwise.windows": "calibration-windows", "blockwise.seq_len": "calibration-length"}
-    for key in set(known_keys()) - {"kd", "kd.bf16", "gptq", "gptq.batch_size", "blockwise", "model"}:
+    assert "--set" in words
+    rare = {"kd.bf16", "gptq.batch_size"}  # of a recipe file, or --set
+    rare |= {f"kd.{name}" for name in ("reverse_kl", "jsd", "jsd_beta", "features", "feature_layers", "fused_loss")}
+    rare |= {f"kd.{name}" for name in ("activation_bits", "embedding_bits", "head_bits", "weights", "reuse_fake_quant")}
+    rare |= {f"kd.{name}" for name in ("train_embeddings", "train_head")}
+    rare |= {f"soft.{name}" for name in ("beta", "soft_forward", "schedule", "start", "end")}
+    for key in set(known_keys()) - {"kd", "soft", "gptq", "blockwise", "model"} - rare:
         flag = "--" + named.get(key, key.rpartition(".")[2].replace("_", "-"))
         assert flag in words, key
 
@@ -345,7 +379,10 @@ def test_settings_that_decide_the_weights_are_fixed():
     rtn = QuantizeConfig(model="m", out="o").fixed()
     assert {"bits", "group_size", "range", "seed"} <= rtn.keys()
     assert not {"out", "eval", "device", "kd.lr"} & rtn.keys()
-    assert "kd.lr" in QuantizeConfig(model="m", out="o", recipe="kd-qat", calibration="t").fixed()
+    for recipe in ("kd-qat", "soft-qat"):
+        assert {"kd.lr", "soft.clamp"} <= QuantizeConfig(
+            model="m", out="o", recipe=recipe, calibration="t"
+        ).fixed().keys()
     gptq = QuantizeConfig(model="m", out="o", recipe="gptq", calibration="t").fixed()
     assert "gptq.damp" in gptq
     assert "kd.lr" not in gptq

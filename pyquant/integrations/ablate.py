@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "ahead1": {"lookahead": 1},
     "ahead2": {"lookahead": 2},
     "ahead-end": {"lookahead": "end"},
-    "best": {"start": "gptq", "target": "both", "scale_lr": 0.3, "polish": 400, "polish_lr": 0.005},
+    "best": {"start": "gptq", "target": "both", "scale_lr": 0.3, "polish": 400, "polish_lr": 0.0025},
 }
 UNCOMPARED = ("commit", "full_precision")  # of meta: may differ between the runs that fill a file
 SEEDLESS = ("rtn", "mse")  # no data in them: one seed says all
@@ -60,42 +61,53 @@ class Job:
         return f"{self.arm} | {self.spec} | seed {self.seed}"
 
 
-def parse_arm(text: str) -> tuple[str, dict[str, Any]]:
-    """``NAME`` of :data:`ARMS`, or ``NAME=BASE,key:value,..``: a new arm that changes settings of a known one.
+def parse_arm(
+    text: str,
+    arms: dict[str, dict[str, Any]] | None = None,
+    known: Iterable[str] = tuple(Settings.__dataclass_fields__),
+    check: Callable[[dict[str, Any]], Any] = lambda fields: Settings(**fields),
+) -> tuple[str, dict[str, Any]]:
+    """``NAME`` of the known arms, or ``NAME=BASE,key:value,..``: a new arm that changes settings of a known one.
+
+    Args:
+        text: the arm.
+        arms: name -> settings; those of block-wise quantization by default, and so the settings that are known and the check
+            that raises for values which cannot be.
 
     Raises:
         ValueError: an unknown name, key or value.
     """
+    arms, known = ARMS if arms is None else arms, list(known)
     name, _, changes = text.partition("=")
     if not changes:
-        if name not in ARMS:
-            raise ValueError(f"arm {name!r} is unknown; known: {', '.join(ARMS)} (or NAME=BASE,key:value,..)")
-        return name, ARMS[name]
-    base, *pairs = changes.split(",")
-    if base not in ARMS:
-        raise ValueError(f"arm {text!r} builds on {base!r}, which is unknown; known: {', '.join(ARMS)}")
-    fields = dict(ARMS[base])
+        if name not in arms:
+            raise ValueError(f"arm {name!r} is unknown; known: {', '.join(arms)} (or NAME=BASE,key:value,..)")
+        return name, arms[name]
+    base, *pairs = re.split(r",(?![^\[]*\])", changes)  # a list keeps its commas
+    if base not in arms:
+        raise ValueError(f"arm {text!r} builds on {base!r}, which is unknown; known: {', '.join(arms)}")
+    fields = dict(arms[base])
     for pair in pairs:
         key, _, value = pair.partition(":")
-        if key not in Settings.__dataclass_fields__:
-            raise ValueError(f"arm {text!r}: {key!r} is no setting; known: {', '.join(Settings.__dataclass_fields__)}")
+        if key not in known:
+            raise ValueError(f"arm {text!r}: {key!r} is no setting; known: {', '.join(known)}")
         try:
             fields[key] = json.loads(value)
         except json.JSONDecodeError:
             fields[key] = value  # a word
-    Settings(**fields)
+    check(fields)
     return name, fields
 
 
-def jobs(arms: Iterable[str], specs: Iterable[QuantSpec], seeds: int) -> list[Job]:
-    """Every combination, one seed of everything first."""
-    specs, arms = list(specs), list(arms)
+def jobs(arms: Iterable[str], specs: Iterable[QuantSpec], seeds: int, seedless: Iterable[str] = SEEDLESS) -> list[Job]:
+    """Every combination, one seed of everything first; of the arms without randomness there is only that one."""
+    specs, arms, seedless = list(specs), list(arms), set(seedless)
     return [
         Job(arm, spec, seed)
         for seed in range(seeds)
         for spec in specs
         for arm in arms
-        if seed == 0 or arm not in SEEDLESS
+        if seed == 0 or arm not in seedless
     ]
 
 
@@ -188,8 +200,16 @@ class Bench:
         return self.tokens, self.stream
 
 
+class Runs(Protocol):
+    """What :func:`run_jobs` needs of a bench."""
+
+    def run(self, fields: dict[str, Any], spec: QuantSpec, seed: int) -> dict[str, Any]:
+        """A row, see :meth:`Bench.run`."""
+        ...
+
+
 def run_jobs(
-    bench: Bench,
+    bench: Runs,
     todo: Sequence[Job],
     arms: dict[str, dict[str, Any]],
     file: Path,

@@ -10,6 +10,7 @@ import torch
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.ablate import Bench
+from pyquant.integrations.ablate_qat import QATBench
 from pyquant.integrations.checkpoint import local_folder
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.machine import pick_device, versions, window_length
@@ -30,16 +31,19 @@ def load_bench(
     eval_windows: int | None,
     eval_skip_chars: int,
     device: str,
-) -> tuple[Bench, dict[str, Any]]:
+    recipe: str = "blockwise",
+) -> tuple[Bench | QATBench, dict[str, Any]]:
     """A model in fp32 with its texts, and the facts that all rows have in common.
 
     Args:
         model, calibration, evals: folder and texts (see :func:`pyquant.integrations.data.load_text`).
         spec: checked against the model's layers by the arms themselves.
-        count, length: calibration windows of a seed, and tokens in one (None: the context, at most 2048).
+        count, length: calibration windows of a seed, and tokens in one (None: the context, at most 2048; 512 of qat, which
+            trains on all windows).
         batch: windows at once.
         eval_windows, eval_skip_chars: of each evaluation text.
         device: ``auto``, ``cpu`` or ``cuda``.
+        recipe: ``blockwise`` or ``qat``.
 
     Raises:
         FileNotFoundError, ValueError: as their parts.
@@ -49,14 +53,20 @@ def load_bench(
     text = load_text(calibration)
     net, tokenizer = load_causal_lm(folder, dtype="auto", device="cpu")
     net = net.to(where, torch.float32).eval()
+    length = min(512, window_length(net, None)) if recipe == "qat" and length is None else length
     size = window_length(net, length, "calibration_length")
     measured = {
         Path(source).stem: windows(tokenizer, t, window_length(net, None), eval_windows, source)
         for source, t in texts.items()
     }
     drawn = windows(tokenizer, text, size, source=calibration)
-    bench = Bench(net, drawn, count, measured, batch, share=True)
+    bench: Bench | QATBench
+    if recipe == "qat":
+        bench, count = QATBench(net, drawn, measured, share=where == "cuda"), len(drawn)
+    else:
+        bench = Bench(net, drawn, count, measured, batch, share=True)
     facts: dict[str, Any] = {
+        "recipe": recipe,
         "model": checkpoint_digest(folder),
         "calibration": tensor_digest(drawn),
         "texts": {name: tensor_digest(rows) for name, rows in measured.items()},
@@ -109,11 +119,14 @@ def write_page(meta: dict[str, Any], rows: list[dict[str, Any]], base: str, path
     """``report.html`` of a comparison."""
     columns, cells = mean_table(rows, meta.get("full_precision"))
     notes = [note for row in rows for note in row["notes"]]
+    qat = meta.get("recipe") == "qat"
     report = Report(
-        title="Ways of block-wise quantization compared",
+        title="Ways of quantization-aware training compared" if qat else "Ways of block-wise quantization compared",
         lead=[
-            f"{meta['spec']}; {meta['calibration_tokens']:,} calibration tokens a seed; {meta['device']}",
-            "Perplexity, mean over seeds with the 95 % interval of the mean; equal gradient steps of each block.",
+            f"{meta['spec']}; {meta['calibration_tokens']:,} {'training tokens' if qat else 'calibration tokens a seed'}; "
+            f"{meta['device']}",
+            "Perplexity, mean over seeds with the 95 % interval of the mean; equal gradient steps of each "
+            f"{'arm' if qat else 'block'}.",
         ],
         columns=columns,
         rows=cells,

@@ -18,7 +18,7 @@ from pyquant.integrations.evaluate import perplexity
 from pyquant.integrations.events import Clock, OnEvent
 from pyquant.integrations.export import ExportInfo, export
 from pyquant.integrations.gptq import load_gptq
-from pyquant.integrations.machine import batch_for, pick_device, pick_dtype, stored_dtype, window_length
+from pyquant.integrations.machine import batch_for, cast, pick_device, pick_dtype, stored_dtype, window_length
 from pyquant.integrations.transformers import load_causal_lm, load_model, spec_of
 from pyquant.nn.kv_cache import KVSettings
 from pyquant.nn.linear import QLinear
@@ -38,7 +38,7 @@ def load_any(path: str, device: str = "auto", dtype: str = "auto") -> tuple[nn.M
     folder, device = local_folder(path), pick_device(device)
     quantized = bool(read_config(folder).get("quantization_config"))
     model, tokenizer = _load_quantized(folder)[:2] if quantized else load_causal_lm(folder)
-    return model.to(device, pick_dtype(dtype, stored_dtype(model), device)), tokenizer, quantized
+    return cast(model, device, pick_dtype(dtype, stored_dtype(model), device)), tokenizer, quantized
 
 
 def _load_quantized(folder: Path) -> tuple[nn.Module, Any, QuantSpec]:

@@ -7,13 +7,13 @@ that names the key.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Recipe = Literal["rtn", "gptq", "blockwise", "kd-qat"]
+Recipe = Literal["rtn", "gptq", "blockwise", "kd-qat", "soft-qat"]
 Range = Literal["minmax", "mse"]
 Format = Literal["compressed-tensors", "gptq"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -29,7 +29,13 @@ FREE_OF_BLOCKWISE = ("activations", "gpu_memory", "stream")
 
 
 class KDSettings(BaseModel):
-    """The training of ``--recipe kd-qat``: fields and defaults of the trainer's ``KDConfig`` and of its loss."""
+    """The training of ``--recipe kd-qat`` and ``soft-qat``: fields and defaults of
+    :class:`~pyquant.recipes.kd_settings.KDConfig` and of its loss.
+
+    Attributes:
+        kl, ce: None is what the recipe is about: 0.5 and 0.5 of kd-qat, 0 and 1 of soft-qat.
+        quantizer: of kd-qat; soft-qat has its own.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -47,11 +53,40 @@ class KDSettings(BaseModel):
     max_grad_norm: float = Field(1.0, ge=0)
     freeze: tuple[str, ...] = ()
     freeze_at: int = Field(0, ge=0)
-    kl: float = Field(0.5, ge=0)
-    ce: float = Field(0.5, ge=0)
+    kl: float | None = Field(None, ge=0)
+    ce: float | None = Field(None, ge=0)
     temperature: float = Field(1.0, gt=0)
-    quantizer: str = "lsq"
+    reverse_kl: float = Field(0.0, ge=0)
+    jsd: float = Field(0.0, ge=0)
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    features: float = Field(0.0, ge=0)
+    feature_layers: tuple[int, ...] = ()
+    fused_loss: bool | None = None
+    quantizer: Literal["lsq", "range", "ste", "soft"] = "lsq"
+    activation_bits: Literal[16, 8] = 16
+    embedding_bits: Literal[16, 8] = 16
+    head_bits: Literal[16, 8] = 16
+    train_embeddings: bool = True
+    train_head: bool = True
+    weights: Literal["fp32", "bf16"] = "fp32"
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_torch_8bit"] = "adamw_torch"
     gradient_checkpointing: bool = False
+    reuse_fake_quant: bool = False
+
+
+class SoftSettings(BaseModel):
+    """Rounding and clamping of ``--recipe soft-qat``: fields and defaults of
+    :class:`pyquant.recipes.soft_qat.SoftQAT`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rounding: Literal["ste", "sigmoid-a", "sigmoid-b"] = "sigmoid-b"
+    clamp: Literal["hard", "sigmoid", "phi"] = "sigmoid"
+    beta: float = Field(10.0, gt=0)
+    soft_forward: bool = False
+    schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    start: float = Field(4.0, gt=0)
+    end: float = Field(4.0, gt=0)
 
 
 class GPTQSettings(BaseModel):
@@ -109,8 +144,13 @@ class BlockwiseSettings(BaseModel):
     stream: bool | None = None
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"kd": KDSettings, "gptq": GPTQSettings, "blockwise": BlockwiseSettings}
-_SECTION_OF = {"kd-qat": "kd", "gptq": "gptq", "blockwise": "blockwise"}  # recipe -> the section that it reads
+SECTIONS: dict[str, type[BaseModel]] = {
+    "kd": KDSettings, "soft": SoftSettings, "gptq": GPTQSettings, "blockwise": BlockwiseSettings,
+}  # fmt: skip
+_SECTIONS_OF = {  # recipe -> the sections that it reads
+    "kd-qat": ("kd", "soft"), "soft-qat": ("kd", "soft"), "gptq": ("gptq",), "blockwise": ("blockwise",),
+}  # fmt: skip
+TRAINED = ("kd-qat", "soft-qat")  # recipes that train the whole model
 
 
 class QuantizeConfig(BaseModel):
@@ -119,12 +159,13 @@ class QuantizeConfig(BaseModel):
     Attributes:
         model: folder of a Hugging Face checkpoint (or a name in the local Hugging Face cache).
         recipe: ``rtn`` (round to nearest, no data), ``gptq`` (column by column, some text), ``blockwise`` (roundings and
-            ranges trained block by block, some text) or ``kd-qat`` (quantization-aware training with distillation).
+            ranges trained block by block, some text), ``kd-qat`` (quantization-aware training with distillation) or
+            ``soft-qat`` (the same with continuous rounding and clamping).
         bits, group_size, symmetric: the weight format; group size -1 is one scale per output channel.
         range: how the first range is found: ``mse`` (smallest squared error) or ``minmax``.
         include, exclude: shell-style patterns on module names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing the model.
-        calibration: text of gptq, blockwise and kd-qat: a file, a folder, or a data set name.
+        calibration: text of gptq, blockwise, kd-qat and soft-qat: a file, a folder, or a data set name.
         eval: texts to measure perplexity on, before and after.
         eval_windows: at most this many windows of each text; None is all of them.
         eval_length: tokens in a window; None is the model's context, at most 2048.
@@ -134,7 +175,7 @@ class QuantizeConfig(BaseModel):
         resume: continue the unfinished work beside ``out``.
         device, dtype: where and in which arithmetic; ``auto`` means the GPU in the checkpoint's dtype,
             or the CPU in float32.
-        kd, gptq, blockwise: settings of those recipes.
+        kd, soft, gptq, blockwise: settings of the recipes: ``kd`` of kd-qat and soft-qat, ``soft`` of soft-qat.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -161,6 +202,7 @@ class QuantizeConfig(BaseModel):
     dtype: Dtype = "auto"
     seed: int = 0
     kd: KDSettings = Field(default_factory=KDSettings)
+    soft: SoftSettings = Field(default_factory=SoftSettings)
     gptq: GPTQSettings = Field(default_factory=GPTQSettings)
     blockwise: BlockwiseSettings = Field(default_factory=BlockwiseSettings)
 
@@ -178,9 +220,10 @@ class QuantizeConfig(BaseModel):
         """The settings that decide the resulting weights, JSON-ready and flat (``kd.steps``)."""
         fields = self.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
         sections = {name: fields.pop(name) for name in SECTIONS}
-        own = _SECTION_OF.get(self.recipe) or ""
-        free = FREE_OF_BLOCKWISE if own == "blockwise" else ()
-        return fields | {f"{own}.{name}": value for name, value in sections.get(own, {}).items() if name not in free}
+        for own in _SECTIONS_OF.get(self.recipe, ()):
+            free = FREE_OF_BLOCKWISE if own == "blockwise" else ()
+            fields |= {f"{own}.{name}": value for name, value in sections[own].items() if name not in free}
+        return fields
 
 
 def known_keys() -> list[str]:
@@ -215,6 +258,23 @@ def load_config(file: Path | None, flags: Mapping[str, Any]) -> QuantizeConfig:
         return QuantizeConfig(**settings)
     except ValidationError as error:
         raise ValueError(_sentence(error, file)) from error
+
+
+def settings_of(pairs: Iterable[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` as :func:`load_config` takes them; a value is read as YAML reads it.
+
+    Raises:
+        ValueError: a pair without ``=``.
+    """
+    import yaml
+
+    found = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair}: write KEY=VALUE, as in kd.jsd=0.5")
+        found[key] = yaml.safe_load(value)
+    return found
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

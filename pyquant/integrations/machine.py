@@ -45,6 +45,22 @@ def pick_dtype(name: str, stored: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else stored
 
 
+def cast(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Move a model and put it into a dtype, in place, as a loader would: buffers that no checkpoint holds, such as rotary
+    frequencies, keep their dtype. ``Module.to`` rounds them, and a frequency in bf16 is another position."""
+    kept = [
+        (m, name, m._buffers[name])
+        for m in model.modules()
+        for name in m._non_persistent_buffers_set
+        if m._buffers.get(name) is not None
+    ]
+    model.to(device, dtype)
+    for m, name, buffer in kept:
+        assert buffer is not None
+        m._buffers[name] = buffer.to(device)
+    return model
+
+
 def window_length(model: nn.Module, asked: int | None, setting: str = "eval_length") -> int:
     """Tokens in a window: as asked for by the named setting, or the context, at most 2048.
 

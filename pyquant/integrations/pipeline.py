@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.blockwise import quantize_blocks, split_report, streams
 from pyquant.integrations.checkpoint import local_folder
-from pyquant.integrations.config import FREE_OF_BLOCKWISE, QuantizeConfig, load_config
+from pyquant.integrations.config import FREE_OF_BLOCKWISE, TRAINED, QuantizeConfig, load_config
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.events import Clock, Event, OnEvent
@@ -29,6 +29,7 @@ from pyquant.integrations.export import export, verify
 from pyquant.integrations.files import write_atomic
 from pyquant.integrations.machine import (
     batch_for,
+    cast,
     peak_memory,
     pick_device,
     pick_dtype,
@@ -39,15 +40,18 @@ from pyquant.integrations.machine import (
 )
 from pyquant.integrations.streaming import Streamed
 from pyquant.integrations.summary import to_report
-from pyquant.integrations.trainer import KDConfig, train_kd
+from pyquant.integrations.trainer import optimizer_class, train_kd
 from pyquant.integrations.transformers import load_causal_lm
 from pyquant.integrations.work import BLOCKS, TRAINER, Work, checkpoint_digest, model_digest, tensor_digest
 from pyquant.nn.swap import SwapReport, matches, swap
 from pyquant.recipes.blocks import find_blocks
 from pyquant.recipes.gptq import gptq
-from pyquant.recipes.kd_qat import KDLoss, convert
+from pyquant.recipes.kd_loss import KDLoss
+from pyquant.recipes.kd_qat import convert
+from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.rtn import layer_errors, rtn
 from pyquant.recipes.settings import Settings
+from pyquant.recipes.soft_qat import SoftQAT
 from pyquant.report import write_report
 
 __all__ = ["EvaluationText", "Event", "QuantizeConfig", "Result", "load_config", "quantize"]
@@ -68,7 +72,7 @@ class Result:
     Attributes:
         config: the settings of the run, complete.
         rows: ``{"text", "windows", "length", "fp", "quantized"}``, perplexities.
-        history: ``{"step", "loss", "kl", "ce", "lr"}`` of kd-qat.
+        history: ``{"step", "loss", "kl", "ce", "lr"}`` of kd-qat and soft-qat, with what else the loss mixes.
         layers: ``{"name", "relative_error", "sqnr_db"}``, weight errors.
         blocks: of blockwise, a row for each window, see :class:`pyquant.recipes.blockwise.Result`.
         sizes: ``fp_bytes, quantized_bytes, bits_per_weight, container_bits, quantized_percent, parameters``.
@@ -125,8 +129,10 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     work = Work(config)
     if config.format == "gptq" and not config.symmetric:
         raise ValueError("format gptq holds symmetric weights only; asymmetric ones need compressed-tensors")
-    if config.recipe == "kd-qat" and config.kd.freeze and config.kd.freeze_at >= config.kd.steps:
-        raise ValueError(f"kd.freeze_at={config.kd.freeze_at} is never reached in kd.steps={config.kd.steps}")
+    if config.recipe in TRAINED:
+        if config.kd.freeze and config.kd.freeze_at >= config.kd.steps:
+            raise ValueError(f"kd.freeze_at={config.kd.freeze_at} is never reached in kd.steps={config.kd.steps}")
+        optimizer_class(kd_config(config))
     if config.recipe != "rtn" and config.calibration is None:
         raise ValueError(f"recipe {config.recipe} needs text: give a calibration file (--calibration)")
     sources = {source: load_text(source, skip_chars=config.eval_skip_chars) for source in config.eval}
@@ -160,7 +166,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     if streamed is not None:
         streamed.set_dtype(compute)
     else:
-        model.to(device, compute)
+        cast(model, device, compute)
     work.open()
     try:
         whole = streamed or model
@@ -200,7 +206,7 @@ def _apply(
     """The recipe: the quantized model (QLinear, values as they will be stored) and what became of its layers."""
     chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     before = {name: m.weight for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if config.recipe != "kd-qat":
+    if config.recipe not in TRAINED:
         with clock("quantize") as stage:
             count, done = len(before), iter(range(1, len(before) + 1))
             chosen |= {"scale_dtype": stored, "on_layer": lambda _: stage(next(done), count)}
@@ -217,7 +223,7 @@ def _apply(
         assert tokens is not None
         compute = next(model.parameters()).dtype
         with clock("train") as stage:
-            student = copy.deepcopy(model).float()  # master weights: steps of 1e-5 vanish in bf16
+            student = copy.deepcopy(model)
             teacher = model.eval().requires_grad_(False)
             report = swap(student, spec, lambda _, linear: linear, **chosen)
             steps = config.kd.steps
@@ -231,9 +237,14 @@ def _apply(
                 work.resumed,
                 lambda row: stage(int(row["step"]), steps, f"loss {row['loss']:.4f}"),
             )
+        if config.kd.activation_bits != 16:
+            result.notes.append(
+                f"Layer inputs had {config.kd.activation_bits} bits in training. The folder holds weights only: its "
+                "perplexities, and what loads it, are those of 16-bit inputs."
+            )
         result.frozen = [name for name, m in student.named_modules() if getattr(m, "frozen", False)]
         convert(student, stored)
-        model = student.to(compute)
+        model = cast(student, next(student.parameters()).device, compute)
     model.eval()
     result.layers = layer_errors(before, model)
     return model, report
@@ -338,8 +349,17 @@ def _measure(
 
 def kd_config(config: QuantizeConfig) -> KDConfig:
     """The trainer's configuration of a run."""
-    fields = config.kd.model_dump()
-    loss = KDLoss(**{name: fields.pop(name) for name in ("kl", "ce", "temperature")})
+    fields, soft = config.kd.model_dump(), config.recipe == "soft-qat"
+    terms = {name: fields.pop(name) for name in KDLoss.__dataclass_fields__}
+    for name, usual in (("kl", 0.0 if soft else 0.5), ("ce", 1.0 if soft else 0.5)):
+        terms[name] = usual if terms[name] is None else terms[name]
+    loss = KDLoss(**terms)
+    if soft:
+        if fields["quantizer"] not in ("lsq", "soft"):
+            raise ValueError(f"recipe soft-qat has a quantizer of its own, not {fields['quantizer']!r}")
+        fields["quantizer"] = "soft"
+    if fields["quantizer"] == "soft":
+        fields["soft"] = SoftQAT(**config.soft.model_dump())
     chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
     return KDConfig(**fields, **chosen, loss=loss, rule=config.range, seed=config.seed)
 
@@ -358,7 +378,7 @@ def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> 
             n, k = model.get_submodule(name).weight.shape
             if n % 32 or k % 32:
                 raise ValueError(f"{name} has N={n}, K={k}; format gptq needs multiples of 32, use compressed-tensors")
-    if config.kd.freeze and config.recipe == "kd-qat":
+    if config.kd.freeze and config.recipe in TRAINED:
         for pattern in config.kd.freeze:
             if not any(matches(name, [pattern]) for name in report.changed):
                 raise ValueError(f"freeze={pattern!r} matches none of the {len(report.changed)} layers to quantize")
@@ -378,7 +398,7 @@ def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: Quant
 def _check_disk(config: QuantizeConfig, model: nn.Module) -> None:
     """Room for the checkpoint and, in training, for weights, optimizer and their replacement."""
     parameters = sum(p.numel() for p in model.parameters())
-    need = parameters * (2 + 2 * 12 if config.recipe == "kd-qat" else 4 if config.recipe == "blockwise" else 2)
+    need = parameters * (2 + 2 * 12 if config.recipe in TRAINED else 4 if config.recipe == "blockwise" else 2)
     folder = next(p for p in (config.out.parent, *config.out.parent.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < need:

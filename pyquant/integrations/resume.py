@@ -4,7 +4,8 @@
 
 =============================  =====================================================================
 model.safetensors              the student's state_dict, fp32
-optimizer.safetensors          ``i.name``: state ``name`` of the optimizer's i-th parameter
+optimizer.safetensors          ``i.name``: state ``name`` of the optimizer's i-th parameter; ``i.name:int`` a Python
+                               number; ``i.name.inner`` a part of a tensor of several (8-bit states)
 rng.safetensors                generators of torch (CPU and every GPU)
 state.json                     step, learning rates, frozen layers, history, Python's and NumPy's generators
 trainer_state.json             what transformers' Trainer needs
@@ -150,7 +151,7 @@ def save(
         numpy_state: Any = np.random.get_state()
         state = {
             "step": step,
-            "lr": [group["lr"] for group in optimizer.param_groups],
+            "lr": [float(group["lr"]) for group in optimizer.param_groups],
             "frozen": [n for n, m in model.named_modules() if isinstance(m, FakeQuantLinear) and m.frozen],
             "history": history,
             "python": random.getstate(),
@@ -193,8 +194,16 @@ def _unique(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": t.contiguous() for i, entry in state.items() for name, t in entry.items()}
+    found = {}
+    for i, entry in optimizer.state_dict()["state"].items():
+        for name, t in entry.items():
+            if not isinstance(t, Tensor):
+                found[f"{i}.{name}:int"] = torch.tensor(int(t))
+            elif hasattr(t, "__tensor_flatten__"):
+                found |= {f"{i}.{name}.{inner}": getattr(t, inner).contiguous() for inner in t.__tensor_flatten__()[0]}
+            else:
+                found[f"{i}.{name}"] = t.contiguous()
+    return found
 
 
 def _rng_tensors() -> dict[str, Tensor]:
@@ -231,15 +240,43 @@ def load_student(checkpoint: Path, model: nn.Module) -> list[dict[str, Any]]:
 
 def load_optimizer(checkpoint: Path, optimizer: Any) -> None:
     """Put the saved moments and learning rates into an optimizer over the same parameters."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper only steps when it is told to
     tensors = load_file(checkpoint / "optimizer.safetensors")
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
+    parts: list[tuple[int, str, str, Tensor]] = []
     for key, t in tensors.items():
-        i, _, name = key.partition(".")
-        state.setdefault(int(i), {})[name] = t
+        i, name, *inner = key.split(".")
+        if inner:
+            parts.append((int(i), name, inner[0], t))
+        elif name.endswith(":int"):
+            state.setdefault(int(i), {})[name.removesuffix(":int")] = int(t)
+        else:
+            state.setdefault(int(i), {})[name] = t
+    if parts:
+        _make_states(optimizer)
+        current = optimizer.state_dict()["state"]
+        for n, name, own, t in parts:
+            getattr(current[n][name], own).copy_(t)
+            state.setdefault(n, {})[name] = current[n][name]
     groups = optimizer.state_dict()["param_groups"]
     for group, lr in zip(groups, read_state(checkpoint)["lr"], strict=True):
-        group["lr"] = lr
+        group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group["lr"], Tensor) else lr
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _make_states(optimizer: Any) -> None:
+    """Let an optimizer make the state of every parameter: a step without gradient at a rate of 0 moves nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0 * group["lr"]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    getattr(optimizer, "step_masters", optimizer.step)()
+    for p in params:
+        p.grad = None
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def load_rng(checkpoint: Path) -> None:

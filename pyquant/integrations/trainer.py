@@ -8,19 +8,20 @@ attention by FlashAttention, whose backward has a deterministic mode, or by plai
 memory-efficient and cuDNN backends are left out. The promise holds on the same machine, with the same thread count and
 library versions.
 
-Training is in fp32 master weights, under bf16 autocast on a GPU; one process, one device. Everything saved is
-safetensors or JSON (see :mod:`pyquant.integrations.resume`).
+Training is in fp32 weights, under bf16 autocast on a GPU, or in bf16 weights with fp32 master copies
+(:mod:`pyquant.recipes.master`); one process, one device. Everything saved is safetensors or JSON (see
+:mod:`pyquant.integrations.resume`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,12 +35,26 @@ from transformers.trainer_callback import PrinterCallback
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations import resume as disk
+from pyquant.nn import reuse_fake_quant
 from pyquant.nn.linear import FakeQuantLinear
-from pyquant.recipes.kd_qat import KDLoss, freeze, kd_loss, parameter_groups, prepare
+from pyquant.recipes.kd_loss import Distillation
+from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
+from pyquant.recipes.kd_settings import KDConfig
+from pyquant.recipes.master import with_masters
+from pyquant.recipes.qat_loop import data_order
+from pyquant.recipes.soft_qat import share_temperature
+
+__all__ = ["Interrupted", "KDConfig", "train_kd"]
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-SCHEDULES = ("cosine", "linear", "constant_with_warmup")
+# The optimizers that ``optim`` may name, and the package that each needs beside torch.
+OPTIMIZERS = {
+    "adamw_torch": None, "adamw_torch_fused": None, "adamw_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao",
+}  # fmt: skip
+
+
+_SHOWN = ("kl", "ce", "reverse_kl", "jsd", "features")  # parts of a loss, in the order of the log
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,69 +63,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, step: int) -> None:
         super().__init__(f"interrupted after step {step}; the state is saved, resume continues from there")
         self.step = step
-
-
-@dataclass(frozen=True)
-class KDConfig:
-    """How a KD-QAT run trains.
-
-    Args:
-        steps: optimizer steps.
-        batch_size: windows a forward pass; ``batch_size * grad_accum`` make a step.
-        seq_len: tokens a window.
-        grad_accum: forward passes a step.
-        lr, scale_lr: peak learning rates of weights, and of scales and zeros.
-        weight_decay: of matrices; AdamW with betas 0.9 and 0.999.
-        warmup_steps: linear warm-up.
-        schedule: after it, ``cosine`` or ``linear`` to 0, or ``constant_with_warmup``.
-        bf16: autocast; None means on a GPU.
-        save_steps: a checkpoint every so many steps, and at the end.
-        seed: of the data order and of dropout.
-        max_grad_norm: clipping; 0 turns it off.
-        freeze: ov-freeze, patterns of layers that are snapped and frozen; ``("v_proj", "o_proj")`` is the paper's.
-        freeze_at: the step before which that happens; 0 is before training.
-        loss: weights and temperature.
-        quantizer, rule, include, exclude, skip_experts: as :func:`pyquant.recipes.kd_qat.prepare`.
-        gradient_checkpointing: less memory, about a third more time.
-
-    Raises:
-        ValueError: for values that cannot be.
-    """
-
-    steps: int = 1000
-    batch_size: int = 8
-    seq_len: int = 512
-    grad_accum: int = 1
-    lr: float = 2e-5
-    scale_lr: float = 2e-5
-    weight_decay: float = 0.0
-    warmup_steps: int = 20
-    schedule: str = "cosine"
-    bf16: bool | None = None
-    save_steps: int = 100
-    seed: int = 0
-    max_grad_norm: float = 1.0
-    freeze: tuple[str, ...] = ()
-    freeze_at: int = 0
-    loss: KDLoss = field(default_factory=KDLoss)
-    quantizer: str = "lsq"
-    rule: str = "mse"
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ("lm_head",)
-    skip_experts: bool = False
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "grad_accum", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("lr", "scale_lr", "weight_decay", "warmup_steps", "max_grad_norm", "freeze_at"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        if self.seq_len < 2:
-            raise ValueError(f"seq_len={self.seq_len} must be at least 2")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
 
 
 def train_kd(
@@ -126,7 +78,7 @@ def train_kd(
     """Prepare a student and train it against its teacher.
 
     Args:
-        student: a full-precision causal LM; cast to fp32 and changed in place. It is left with
+        student: a full-precision causal LM; cast to ``config.weights`` and changed in place. It is left with
             :class:`~pyquant.nn.FakeQuantLinear` layers and the final weights.
         teacher: the model to follow; put in eval mode, never changed. Not the same object as the student.
         tokens: int64 ``[n, seq_len]``; visited in a new random order each time round.
@@ -134,7 +86,8 @@ def train_kd(
         spec: bits (2..4), group size, symmetry.
         work_dir: where checkpoints go. The last two are kept.
         resume: continue from the last complete checkpoint of ``work_dir``, or start if there is none.
-        on_log: called after every step with ``{"step", "loss", "kl", "ce", "lr", "seconds"}``.
+        on_log: called after every step with ``{"step", "loss", "kl", "ce", "lr", "seconds"}`` and what else the loss
+            mixes; a loss without a teacher has no "kl".
 
     Returns:
         the log of every step from the first, those before a resume included (without "seconds").
@@ -143,6 +96,7 @@ def train_kd(
         ValueError: tokens that do not fit, a quantized student, a spec or pattern that fits nothing, or (with
             ``resume``) inputs that differ from the run in ``work_dir``, named.
         FileExistsError: ``work_dir`` holds a run and ``resume`` is False.
+        ImportError: ``config.optim`` needs a package that is not installed.
         FloatingPointError: the loss is NaN or Inf; the message has the step.
         RuntimeError: out of GPU memory; the message says what to lower.
         OSError: the disk is full while saving; the last complete checkpoint is whole.
@@ -150,13 +104,11 @@ def train_kd(
     """
     work_dir = Path(work_dir)
     _check_inputs(student, teacher, tokens, config)
-    student.float()
+    cast_weights(student, config)
     fingerprint = disk.fingerprint(student, teacher, tokens, config, spec)
     last = disk.open_run(work_dir, fingerprint, resume)
     torch.manual_seed(config.seed)
-    prepare(student, spec, config.quantizer, config.rule, config.include, config.exclude, config.skip_experts)
-    if config.freeze and config.freeze_at == 0:
-        freeze(student, config.freeze)  # before the optimizer is made: frozen layers are not part of it
+    set_up(student, config, spec)
     if last is not None and disk.read_state(last)["step"] >= config.steps:
         return disk.load_student(last, student)
     with _deterministic(), _sigint() as interrupted:
@@ -181,6 +133,24 @@ def train_kd(
     return trainer.history
 
 
+def optimizer_class(config: KDConfig) -> tuple[Any, dict[str, Any]]:
+    """The class that ``config.optim`` names, keeping fp32 copies of bf16 weights, and what it is made with.
+
+    Raises:
+        ValueError: an unknown name.
+        ImportError: the package that it needs is not installed.
+    """
+    if config.optim not in OPTIMIZERS:
+        raise ValueError(f"unknown optim {config.optim!r}; known: {', '.join(OPTIMIZERS)}")
+    package = OPTIMIZERS[config.optim]
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ImportError(f"optim={config.optim!r} needs the package {package}: pip install {package}")
+    args = TrainingArguments(output_dir="unused", optim=config.optim, report_to="none", use_cpu=True)
+    kind, flags = Trainer.get_optimizer_cls_and_kwargs(args)
+    flags.pop("lr")
+    return (with_masters(kind) if config.weights == "bf16" else kind), flags
+
+
 def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: KDConfig) -> None:
     if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] != config.seq_len or tokens.dtype != torch.int64:
         raise ValueError(
@@ -201,6 +171,7 @@ def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config
     positions = getattr(student.config, "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         raise ValueError(f"seq_len={config.seq_len} is more than the {positions} positions of the model")
+    optimizer_class(config)
     if config.freeze_at >= config.steps and config.freeze:
         raise ValueError(f"freeze_at={config.freeze_at} is never reached in {config.steps} steps")
 
@@ -243,9 +214,7 @@ class _Plan(Dataset):
 
     def __init__(self, tokens: Tensor, count: int, seed: int) -> None:
         self.tokens = tokens
-        generator = torch.Generator().manual_seed(seed)
-        rounds = -(-count // len(tokens))
-        self.order = torch.cat([torch.randperm(len(tokens), generator=generator) for _ in range(rounds)])[:count]
+        self.order = data_order(len(tokens), count, seed)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -264,14 +233,15 @@ class _Steps(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.trainer
         run.parts.clear()
-        run.lr = run.optimizer.param_groups[0]["lr"]
+        run.lr = float(run.optimizer.param_groups[0]["lr"])
         if run.config.freeze and state.global_step == run.config.freeze_at > 0:
             freeze(run.model, run.config.freeze)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         run = self.trainer
-        mean = torch.stack(run.parts).mean(0).tolist()
-        row = {"step": state.global_step, **dict(zip(("loss", "kl", "ce"), mean, strict=True)), "lr": run.lr}
+        names = ["loss", *sorted(run.parts[0].keys() - {"loss"}, key=_SHOWN.index)]
+        mean = torch.stack([torch.stack([parts[name].float() for name in names]) for parts in run.parts]).mean(0)
+        row = {"step": state.global_step, **dict(zip(names, mean.tolist(), strict=True)), "lr": run.lr}
         run.history.append(row)
         if run.on_log is not None:
             run.on_log({**row, "seconds": time.monotonic() - run.started})
@@ -316,12 +286,14 @@ class _KDTrainer(Trainer):
             raise ValueError(f"training runs in one process, not {args.world_size}")
         self.config, self.interrupted, self.on_log = config, interrupted, on_log
         self.history: list[dict[str, Any]] = []
-        self.parts: list[Tensor] = []
+        self.parts: list[dict[str, Tensor]] = []
+        self.reuse: contextlib.ExitStack | None = None
         self.started = time.monotonic()
         student.to(args.device)
         self.teacher = teacher.to(args.device).eval()
         groups = parameter_groups(student, config.lr, config.scale_lr, config.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        kind, flags = optimizer_class(config)
+        optimizer = kind(groups, lr=config.lr, **flags)
         warmup = min(config.warmup_steps, config.steps)
         scheduler = get_scheduler(config.schedule, optimizer, warmup, config.steps)
         plan = _Plan(tokens, config.steps * config.batch_size * config.grad_accum, config.seed)
@@ -329,9 +301,12 @@ class _KDTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean per batch: divided by grad_accum
         self.autocast = (
             torch.autocast(args.device.type, torch.bfloat16)
-            if (on_gpu if config.bf16 is None else config.bf16)
+            if (on_gpu if config.bf16 is None else config.bf16) and config.weights == "fp32"
             else None
         )
+        self.temperature = share_temperature(student)
+        with self.autocast or contextlib.nullcontext():
+            self.objective = Distillation(student, self.teacher, config.loss, config.fused_loss)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Steps(self))
 
@@ -341,20 +316,34 @@ class _KDTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        ids, labels = inputs["input_ids"], inputs["labels"]
+        if self.temperature is not None and self.config.soft is not None:
+            self.temperature.fill_(self.config.soft.temperature(self.state.global_step, self.config.steps))
         with self.autocast or contextlib.nullcontext():
-            with torch.no_grad():
-                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
-            outputs = model(input_ids=ids, use_cache=False)
-        loss, parts = kd_loss(outputs.logits, teacher_logits, labels, self.config.loss)
+            loss, parts = self.objective(inputs["input_ids"], inputs["labels"])
         if not torch.isfinite(loss):
+            what = ", ".join(f"{name} {part.item()}" for name, part in parts.items())
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} "
-                f"(kl {parts['kl'].item()}, ce {parts['ce'].item()}); "
+                f"the loss is {loss.item()} at step {self.state.global_step + 1} ({what}); "
                 f"lower lr={self.config.lr} or scale_lr={self.config.scale_lr}"
             )
-        self.parts.append(torch.stack([loss.detach(), parts["kl"], parts["ce"]]))
-        return (loss, outputs) if return_outputs else loss
+        self.parts.append({"loss": loss.detach(), **parts})
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """With ``reuse_fake_quant`` the passes of an optimizer step share the quantized weights."""
+        if not self.config.reuse_fake_quant or self.config.grad_accum == 1:
+            return super().training_step(*args, **kwargs)
+        if self.reuse is None:
+            self.reuse = contextlib.ExitStack()
+            self.reuse.enter_context(reuse_fake_quant(self.model))
+        with contextlib.ExitStack() as unless_done:
+            unless_done.push(self.reuse)  # an exception passes through the context
+            loss = super().training_step(*args, **kwargs)
+            if not self.accelerator.sync_gradients:
+                unless_done.pop_all()
+                return loss
+        self.reuse = None
+        return loss
 
     # The Trainer's own checkpoints are pickles; these four hooks write and read ours instead.
 

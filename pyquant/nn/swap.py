@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -43,7 +44,11 @@ class SwapReport:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """True if the dotted name, or any trailing part of it, matches one of the shell-style patterns."""
+    """True if the dotted name, or any trailing part of it, matches one of the shell-style patterns.
+
+    ``3.v_proj`` is short for ``3.*.v_proj``, the layer of that name in block 3.
+    """
+    patterns = [p for pattern in patterns for p in (pattern, re.sub(r"^(\d+)\.([^.]+)$", r"\1.*.\2", pattern))]
     tails = [".".join(name.split(".")[i:]) for i in range(name.count(".") + 1)]
     return any(fnmatch.fnmatchcase(tail, pattern) for tail in tails for pattern in patterns)
 

@@ -105,6 +105,7 @@ def _expand_and_multiply(
             torch.mm(x, w_hat.T, out=y[:, begin:end])
         else:
             torch.addmm(bias[begin:end], x, w_hat.T, out=y[:, begin:end])
+        del w_hat  # before the next part takes its place
     return y
 
 

@@ -8,6 +8,7 @@ RECIPES = {
     "gptq": "round column by column, the rest makes up for the error; needs some text and minutes",
     "blockwise": "train roundings and ranges block by block, jointly or against later blocks; needs text and minutes",
     "kd-qat": "train weights and scales through the quantizer against the full-precision teacher; needs text and time",
+    "soft-qat": "the same with continuous approximations of rounding and clamping; a teacher is an option",
 }
 
 __all__ = ["RECIPES"]

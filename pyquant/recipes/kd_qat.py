@@ -9,99 +9,42 @@ v_proj and o_proj fixed at their quantized values while everything else adapts.
 
 Our reading, each a parameter:
 
-* the weights and the temperature of the loss (:class:`KDLoss`): the paper's are not known to us. Qualcomm's public
-  example (quic/aimet, ``llm_qat_kd``) uses 0.5 and 0.5 at temperature 1, but its "batchmean" KL is a sum over
-  positions against a mean for CE, which makes it nearly pure KL. Ours takes the mean over tokens for both;
-  ``KDLoss(kl=1, ce=0)`` is closest to it.
-* the quantizer: learned scales (LSQ, Esser et al. 2019) with their own learning rate; ``ste`` keeps min-max ranges.
+* the weights and the temperature of the loss (:class:`~pyquant.recipes.kd_loss.KDLoss`): the paper's are not known to
+  us. Qualcomm's public example (quic/aimet, ``llm_qat_kd``) uses 0.5 and 0.5 at temperature 1, but its "batchmean" KL
+  is a sum over positions against a mean for CE, which makes it nearly pure KL. Ours takes the mean over tokens for
+  both; ``KDLoss(kl=1, ce=0)`` is closest to it.
+* the quantizer: learned scales (LSQ, Esser et al. 2019) with their own learning rate; ``range`` learns the ends of the
+  range as that example does, ``ste`` keeps min-max ranges.
 * the first range: ``rule`` of :func:`prepare`, min-max or clipped to the smallest squared error.
 * when ov-freeze happens: before the first step (call :func:`freeze` after :func:`prepare`), which is how we read
   "fixed at their quantized values", or later; and for which layers.
-* what else trains: every parameter that requires a gradient, embeddings and norms too.
+* what else trains: every parameter that requires a gradient, embeddings and norms too, unless
+  :func:`~pyquant.recipes.vocabulary.prepare_vocabulary` says otherwise.
+* activations: the paper's are 16-bit integers, for which 16-bit floats stand in here (as in that example); 8 bits is an
+  option of ours, a scale for each token.
 
-All functions work on plain modules; the loop around them is the caller's (``pyquant.integrations.trainer`` has one).
+All functions work on plain modules; the loop around them is the caller's: ``pyquant.integrations.trainer`` has one that
+resumes bit by bit, :mod:`pyquant.recipes.qat_loop` a fast one for experiments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.nn.linear import FakeQuantLinear, QLinear
 from pyquant.nn.swap import SwapReport, matches, swap
-from pyquant.quantizers.base import Quantizer
+from pyquant.quantizers import QUANTIZERS, Quantizer
+from pyquant.recipes.kd_loss import KDLoss, kd_loss
+from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.rtn import check_deployable
+from pyquant.recipes.vocabulary import bake_vocabulary, prepare_vocabulary, quantize_inputs
 
-
-@dataclass(frozen=True)
-class KDLoss:
-    """Weights of the loss: ``kl * T^2 * KL(teacher_T || student_T) + ce * CE(student, labels)``.
-
-    Both terms are means over the same tokens. ``softmax(logits / T)`` has gradients of order 1/T^2, so the KL is
-    multiplied by T^2 (Hinton et al., 2015) and its weight keeps its meaning when T changes.
-
-    Args:
-        kl, ce: weights, not negative, not both 0.
-        temperature: T > 0, for the KL only.
-
-    Raises:
-        ValueError: for values outside these ranges.
-    """
-
-    kl: float = 0.5
-    ce: float = 0.5
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.kl < 0 or self.ce < 0 or self.kl + self.ce == 0:
-            raise ValueError(f"loss weights kl={self.kl} and ce={self.ce} must not be negative, nor both 0")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
-
-
-def kd_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, how: KDLoss | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch, in fp32.
-
-    Args:
-        student_logits, teacher_logits: ``[B, T, V]`` bf16, fp16 or fp32; no gradient flows to the teacher.
-        labels: int64 ``[B, T]``, the input tokens, not shifted: position t is scored against ``labels[:, t + 1]``, and
-            not at all where that is -100. KL and CE use the same positions.
-        how: weights and temperature.
-
-    Returns:
-        the loss (scalar, fp32) and its parts ``{"kl", "ce"}``, detached, before weighting, the KL with its T^2.
-        Without any label the loss is 0.
-
-    Raises:
-        ValueError: for shapes that do not fit.
-    """
-    how = how or KDLoss()
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} must agree"
-        )
-    if student_logits.dim() != 3 or labels.shape != student_logits.shape[:2]:
-        raise ValueError(
-            f"logits {tuple(student_logits.shape)} must be [B, T, V] with labels {tuple(labels.shape)} [B, T]"
-        )
-    target = labels[:, 1:]
-    mask = (target != -100).float()
-    count = mask.sum().clamp_min(1)
-    student = student_logits[:, :-1].float()
-    teacher = teacher_logits[:, :-1].detach().float()
-    log_p = torch.log_softmax(student, -1)
-    ce = -(log_p.gather(-1, target.clamp_min(0).unsqueeze(-1)).squeeze(-1) * mask).sum() / count
-    log_s = log_p if how.temperature == 1 else torch.log_softmax(student / how.temperature, -1)
-    log_t = torch.log_softmax(teacher / how.temperature, -1)
-    kl = ((log_t.exp() * (log_t - log_s)).sum(-1) * mask).sum() / count * how.temperature**2
-    return how.kl * kl + how.ce * ce, {"kl": kl.detach(), "ce": ce.detach()}
+__all__ = ["KDLoss", "cast_weights", "convert", "freeze", "kd_loss", "parameter_groups", "prepare", "set_up"]
 
 
 def prepare(
@@ -112,6 +55,7 @@ def prepare(
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = ("lm_head",),
     skip_experts: bool = False,
+    options: dict[str, Any] | None = None,
 ) -> SwapReport:
     """Replace the linear layers of a model by :class:`~pyquant.nn.FakeQuantLinear`, in place; weights stay the same
     tensors.
@@ -119,22 +63,54 @@ def prepare(
     Args:
         model: any module with ``nn.Linear`` layers.
         spec: bits (2..4), group size, symmetry.
-        quantizer: name in :data:`pyquant.quantizers.QUANTIZERS`: ``lsq`` (learned scales) or ``ste`` (min-max at every
-            step).
+        quantizer: name in :data:`pyquant.quantizers.QUANTIZERS`: ``lsq`` (learned scales), ``range`` (learned ends of
+            the range), ``soft`` (learned scales, continuous rounding and clamping) or ``ste`` (min-max at every step).
         rule: how the first range is found, ``minmax`` or ``mse``.
         include, exclude: shell-style patterns on dotted names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing them.
+        options: what the quantizer takes beyond weight, spec and rule (``soft``: rounding, clamp, beta, soft_forward).
 
     Raises:
         ValueError: as :func:`pyquant.recipes.rtn.rtn`, and for an unknown quantizer.
     """
     spec = spec or QuantSpec()
     check_deployable(spec)
+    if quantizer not in QUANTIZERS:
+        raise ValueError(f"unknown quantizer {quantizer!r}; known: {', '.join(QUANTIZERS)}")
 
     def replace(name: str, linear: nn.Linear) -> nn.Module:
-        return FakeQuantLinear.from_linear(linear, spec, quantizer, rule)
+        with torch.no_grad():
+            made = QUANTIZERS[quantizer](linear.weight, spec, rule, **(options or {}))
+        return FakeQuantLinear(linear, made)
 
     return swap(model, spec, replace, include, exclude, skip_experts)
+
+
+def cast_weights(model: nn.Module, config: KDConfig) -> None:
+    """Put the parameters of a model into the dtype that it trains in. Buffers stay as they are: rotary frequencies in
+    bf16 are other positions, and no file holds them."""
+    dtype = torch.bfloat16 if config.weights == "bf16" else torch.float32
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
+def set_up(student: nn.Module, config: KDConfig, spec: QuantSpec) -> SwapReport:
+    """Everything that happens to a student before its first step, in place: its dtype, its quantizers, embeddings and
+    head, the inputs of its layers, and ov-freeze where that comes first.
+
+    Raises:
+        ValueError: as :func:`prepare`, :func:`freeze` and :func:`~pyquant.recipes.vocabulary.prepare_vocabulary`.
+    """
+    cast_weights(student, config)
+    options = None if config.soft is None else config.soft.options()
+    chosen = config.include, config.exclude, config.skip_experts
+    report = prepare(student, spec, config.quantizer, config.rule, *chosen, options)
+    prepare_vocabulary(student, config.embedding_bits, config.head_bits, config.train_embeddings, config.train_head)
+    if config.activation_bits != 16:
+        quantize_inputs(student, config.activation_bits)
+    if config.freeze and config.freeze_at == 0:
+        freeze(student, config.freeze)  # before the optimizer is made: frozen layers are not part of it
+    return report
 
 
 def freeze(
@@ -144,7 +120,7 @@ def freeze(
 
     Args:
         model: a model after :func:`prepare`.
-        patterns: shell-style patterns on dotted names or their tails.
+        patterns: shell-style patterns on dotted names or their tails; ``3.v_proj`` is the v_proj of block 3.
         scale_dtype: the dtype that :func:`convert` will store, so that the frozen values are the deployed ones.
 
     Returns:
@@ -202,7 +178,8 @@ def convert(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> Swap
 
     Everything that will be stored is rounded to ``scale_dtype`` now: the scales before the codes are chosen, and the
     other trained parameters (embeddings, norms, biases, excluded layers). Dtypes stay, so an fp32 model computes with
-    exactly the values that a bf16 file will hold: what is evaluated is what is loaded.
+    exactly the values that a bf16 file will hold: what is evaluated is what is loaded. Embeddings and heads of 8 bits
+    become plain layers with the rounded values; the rounding of activations ends here.
 
     Raises:
         ValueError: when there is no FakeQuantLinear, or a weight went NaN or Inf.
@@ -215,7 +192,10 @@ def convert(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> Swap
             raise ValueError(f"{name} has NaN or Inf values after training; nothing was converted")
     ranges = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
     report = SwapReport(total=sum(p.numel() for p in model.parameters() if id(p) not in ranges))
+    baked = bake_vocabulary(model, scale_dtype)
     for name, layer in layers:
+        if name in baked:
+            continue
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, QLinear.from_fake_quant(layer, scale_dtype))
         report.changed.append(name)
