@@ -11,10 +11,11 @@ pytest.importorskip("triton")
 
 from aot import compile_kernel
 from kv4_cases import FAULTY_CASE, KV4_CASES, KV4_FAULTS, Kv4Case, make_case, want_kv4
+from test_kv4_append import Story
 
 from cases import mismatch
 from pyquant import ops
-from pyquant.kernels import attention_kv4
+from pyquant.kernels import append_kv4, attention_kv4
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
@@ -50,6 +51,31 @@ def test_parts_are_merged(splits, monkeypatch):
     assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
 
 
+@interpreted
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(("size", "keep", "most"), [(64, 0, 8), (96, 70, 20)])
+def test_append_interpreted(size, keep, most, monkeypatch):
+    monkeypatch.setenv("PYQUANT_BACKEND", "torch")
+    story = Story((0, 63, 40), keep, 2, size, torch.float16, "cpu", most=most)
+    monkeypatch.setenv("PYQUANT_BACKEND", "triton")
+    while max(story.held) + most <= 330:
+        story.append(most)
+        story.check()
+    assert min(story.packed) >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED, reason="on a GPU Triton compiles")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("size", "keep", "most"), [(64, 128, 1), (80, 64, 3), (96, 0, 8), (128, 65, 64), (256, 1, 8)])
+def test_append_on_a_gpu(size, keep, most, dtype, monkeypatch):
+    monkeypatch.setenv("PYQUANT_BACKEND", "triton")
+    story = Story((0, 63, 40), keep, 2, size, dtype, "cuda", most=most)
+    while max(story.held) + most <= 330:
+        story.append(most)
+    story.check()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="on a GPU Triton compiles")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -79,3 +105,18 @@ def test_compiles(arch, d, rows, tmp_path, monkeypatch):
         if kernel is attention_kv4._part_kernel:
             assert "mma" in built.ptx, "tensor cores"
             assert built.shared_bytes <= (227 if arch == 90 else 163) * 1024
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("d", [128, 80])
+def test_append_compiles(arch, d, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = append_kv4._append_kernel
+    kinds = {name: "i32" for name in kernel.arg_names if name.islower() and not name.endswith("_ptr")}
+    kinds |= {"k_ptr": "*bf16", "v_ptr": "*bf16", "window_ptr": "*bf16", "pages_ptr": "*u8", "segments_ptr": "*i32"}
+    shape = {"D": d, "BLOCK_D": 128, "BLOCK_T": 1, "k_stride_d": 1, "v_stride_d": 1}
+    built = compile_kernel(kernel, kinds, shape, arch, num_warps=8)
+    assert "div.rn.f32" in built.ptx
+    assert "div.full" not in built.ptx, "codes need the IEEE quotient"
+    assert built.shared_bytes <= (227 if arch == 90 else 163) * 1024

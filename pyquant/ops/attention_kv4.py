@@ -231,6 +231,12 @@ def _append_cuda(k, v, pages, window, segments, keep) -> None:
     )  # fmt: skip
 
 
+def _append_triton(k, v, pages, window, segments, keep) -> None:
+    _append_fake(k, v, pages, window, segments, keep)
+    if k.numel():
+        kernels("append_kv4").append_kv4(k, v, pages, window, segments, keep)
+
+
 def _append_torch(k, v, pages, window, segments, keep) -> None:
     _append_fake(k, v, pages, window, segments, keep)
     if k.numel():
@@ -240,7 +246,11 @@ def _append_torch(k, v, pages, window, segments, keep) -> None:
 _append = define(
     "append_kv4(Tensor k, Tensor v, Tensor(a!) pages, Tensor(b!) window, Tensor(c!) segments, int keep) -> ()",
     fake=_append_fake,
-    backends={"cuda": Backend(_append_cuda, _append_declines), "torch": Backend(_append_torch)},
+    backends={
+        "cuda": Backend(_append_cuda, _append_declines),
+        "triton": Backend(_append_triton, only_halves),
+        "torch": Backend(_append_torch),
+    },
 )
 
 
