@@ -14,28 +14,31 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
-from pyquant.integrations.ablate import _now, calibration_windows, parse_arm
+from pyquant.integrations.ablate import Job, _now, calibration_windows, parse_arm
 from pyquant.integrations.evaluate import perplexity
 from pyquant.integrations.machine import batch_for
 from pyquant.integrations.prompt import STORAGES, prompt_cache, prompted_perplexity
 from pyquant.recipes.bisup import HOSTS, PARTS, BiSup, Quantized, bisup
 
-_HOST: dict[str, Any] = {"parts": [], "storage": "none"}
-_CLIP: dict[str, Any] = {"parts": ["clip"], "storage": "none", "steps": 0}
-
-BISUP_ARMS: dict[str, dict[str, Any]] = {}
+BISUP_ARMS: dict[str, dict[str, Any]] = {}  # those of one quantized model beside each other
 for _host in HOSTS:
+    _bare, _all = {"host": _host, "parts": []}, {"host": _host, "parts": list(PARTS)}
     BISUP_ARMS |= {
-        _host: {"host": _host, **_HOST},
-        f"{_host}-mse": {"host": _host, **_CLIP},
-        f"{_host}+vertical": {"host": _host, "parts": list(PARTS), "storage": "none"},
-        f"{_host}+horizontal": {"host": _host, "parts": [], "storage": "both"},
-        f"{_host}+both": {"host": _host, "parts": list(PARTS), "storage": "both"},
+        _host: _bare | {"storage": "none"},
+        f"{_host}+horizontal": _bare | {"storage": "both"},
+        f"{_host}+vertical": _all | {"storage": "none"},
+        f"{_host}+both": _all | {"storage": "both"},
+        f"{_host}+both-computed": _all | {"storage": "computed"},
+        f"{_host}+both-stored": _all | {"storage": "stored"},
+        f"{_host}-mse": {
+            "host": _host,
+            "parts": ["clip"],
+            "steps": 0,
+            "storage": "none",
+        },  # searched ranges, no training
         **{f"{_host}+{part}": {"host": _host, "parts": [part], "storage": "none"} for part in PARTS},
-        **{
-            f"{_host}+vertical-{s}": {"host": _host, "parts": list(PARTS), "storage": s} for s in ("computed", "stored")
-        },
     }
+MAIN = tuple(f"{host}{what}" for host in HOSTS for what in ("", "+horizontal", "+vertical", "+both"))
 MEASURED = ("kv_bits", "storage")  # settings of an arm that are no part of the quantized model
 KNOWN = [f.name for f in fields_of(BiSup) if f.name != "seed"] + list(MEASURED)
 
@@ -65,6 +68,14 @@ def resolve_bisup(arms: list[str], common: dict[str, Any] | None = None) -> dict
     for fields in found.values():
         bisup_of(fields)
     return found
+
+
+def by_model(todo: list[Job], arms: dict[str, dict[str, Any]]) -> list[list[Job]]:
+    """Jobs grouped by what is quantized, which is the same for arms that differ in what is measured only."""
+    groups: dict[Any, list[Job]] = {}
+    for job in todo:
+        groups.setdefault((bisup_of(arms[job.arm]), job.spec, job.seed), []).append(job)
+    return list(groups.values())
 
 
 def is_seedless(fields: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ class BiSup:
         outliers: share of the channels that atom keeps in ``outlier_bits``, rounded up (128 of 4,096).
         outlier_bits: 8.
         online: of quarot: rotate the inputs of o_proj and down_proj. Without it the result is a plain checkpoint.
-        parts: any of ``clip``, ``smooth``, ``low-rank``; none is the bare host.
+        parts: any of ``clip``, ``smooth``, ``low-rank`` (also as one text, ``clip+smooth``); none is the bare host.
         steps: gradient steps of each block*; 0 stops at the start of the parts.
         batch_size: windows a step*.
         lr_clip, lr_act_clip, lr_smooth, lr_low_rank: AdamW's rates*, linear to 0.
@@ -73,7 +73,10 @@ class BiSup:
             if not ok:
                 raise ValueError(what)
 
-        object.__setattr__(self, "parts", tuple(self.parts))
+        parts = self.parts
+        if isinstance(parts, str):
+            parts = tuple(filter(None, parts.replace("+", ",").split(",")))
+        object.__setattr__(self, "parts", tuple(parts))
         need(self.host in HOSTS, f"host={self.host!r} must be one of {', '.join(HOSTS)}")
         unknown = sorted(set(self.parts) - set(PARTS))
         need(not unknown, f"parts={', '.join(unknown)} unknown; known: {', '.join(PARTS)}")
