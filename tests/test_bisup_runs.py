@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import learnable_tokens, shared, some_tokens, tiny_llama
 from trained import make_tiny_model, tiny_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from benchmarks import bisup as benchmark
@@ -25,6 +27,15 @@ from pyquant.integrations.ablate_bisup import (
     is_seedless,
     resolve_bisup,
 )
+from pyquant.integrations.bisup import apply_activations
+from pyquant.integrations.blockwise import Windows
+from pyquant.integrations.config import BiSupSettings, load_config
+from pyquant.integrations.data import windows
+from pyquant.integrations.evaluate import perplexity
+from pyquant.integrations.pipeline import quantize
+from pyquant.integrations.transformers import load_model
+from pyquant.recipes.bisup import BiSup
+from pyquant.recipes.rtn import dequantize_model
 
 QUICK = {"steps": 6, "batch_size": 4}
 
@@ -106,3 +117,100 @@ def test_the_benchmark_runs_on_the_small_model(tmp_path, monkeypatch, capsys):
     assert held["meta"]["prompt_tokens"] <= 32
     full = held["meta"]["full_precision"]["tinystories"]
     assert all(row["perplexity"]["tinystories"] > full for row in held["rows"])
+
+
+def config(work: Path, out: Path, **changes):
+    fields = {
+        "model": str(work / "model"), "out": str(out), "recipe": "bisup", "bits": 3, "group_size": 32,
+        "calibration": str(work / "calibration.txt"), "eval": (str(work / "evaluation.txt"),), "eval_windows": 8,
+        "eval_length": 32, "bisup.steps": 8, "bisup.windows": 16, "bisup.seq_len": 24, "bisup.batch_size": 4,
+        "bisup.act_bits": 3, **changes,
+    }  # fmt: skip
+    return load_config(None, fields)
+
+
+def test_sections_are_the_recipes():
+    mine = BiSupSettings().model_dump(exclude={"windows", "seq_len", "prompt", "kv_bits", "storage"})
+    theirs = asdict(BiSup())
+    theirs.pop("seed")
+    assert mine == theirs
+
+
+def test_from_a_checkpoint_to_a_folder_and_back(work, tmp_path):
+    """The folder is that of any weights-only recipe; with activations.json it is the measured model, exactly."""
+    made = quantize(config(work, tmp_path / "a", **{"bisup.prompt": "the old red fox", "bisup.kv_bits": 4}))
+    bare = quantize(config(work, tmp_path / "b", **{"bisup.parts": "", "bisup.steps": 0}))
+    assert made.max_difference == 0
+    assert made.rows[0]["quantized"] < bare.rows[0]["quantized"]
+    assert "behind" in made.rows[1]["text"]
+    assert made.rows[1]["quantized"] > made.rows[1]["fp"]
+    assert any("3 bits" in note and "activations.json" in note for note in made.notes)
+    assert [row["blocks"] for row in made.blocks] == [[0, 0], [1, 1]]
+    model = load_model(tmp_path / "a", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    rows = windows(tokenizer, (work / "evaluation.txt").read_text(), 32, 8)
+    without = perplexity(model, rows)
+    hooks = apply_activations(model, tmp_path / "a")
+    assert perplexity(model, rows) == pytest.approx(made.rows[0]["quantized"], rel=1e-6)
+    assert without < perplexity(model, rows)
+    for hook in hooks:
+        hook.remove()
+    assert perplexity(model, rows) == without
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    dequantize_model(model)
+    with torch.no_grad():
+        assert torch.equal(model(rows).logits, theirs(rows).logits)
+    with pytest.raises(FileNotFoundError, match=r"no activations\.json"):
+        apply_activations(model, work / "model")
+
+
+def test_a_killed_run_goes_on(work, tmp_path, monkeypatch):
+    whole = quantize(config(work, tmp_path / "whole"))
+    save = Windows.save
+
+    def dying(self, index, tensors, row):
+        save(self, index, tensors, row)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Windows, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(config(work, tmp_path / "cut"))
+    monkeypatch.setattr(Windows, "save", save)
+    again = quantize(config(work, tmp_path / "cut", resume=True))
+    assert again.rows[0]["quantized"] == whole.rows[0]["quantized"]
+    a, b = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("whole", "cut"))
+    assert [f.read_bytes() for f in a] == [f.read_bytes() for f in b]
+    with pytest.raises(ValueError, match=r"bisup\.rank was 16, is 4"):
+        monkeypatch.setattr(Windows, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(config(work, tmp_path / "other"))
+        quantize(config(work, tmp_path / "other", resume=True, **{"bisup.rank": 4}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"bisup.host": "quarot"}, "host quarot rotates inputs"),
+        ({"bisup.host": "atom"}, "host atom keeps some channels"),
+        ({"symmetric": False}, "symmetric weights only"),
+        ({"calibration": None}, "needs text"),
+    ],
+)
+def test_what_no_folder_holds_is_refused_before_work(work, tmp_path, wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        quantize(config(work, tmp_path / "x", **wrong))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line(work, tmp_path):
+    args = ["quantize", work / "model", "--recipe", "bisup", "--calibration", work / "calibration.txt", "--out"]
+    args += [tmp_path / "o", "--bits", 4, "--group-size", 32, "--act-bits", 8, "--parts", "clip,smooth", "--steps", 2]
+    args += ["--calibration-windows", 4, "--calibration-length", 24, "--batch-size", 4, "--prompt", "the old"]
+    args += ["--eval", work / "evaluation.txt", "--eval-windows", 2, "--eval-length", 32, "--set", "bisup.rank=4"]
+    done = CliRunner().invoke(app, [str(a) for a in args])
+    assert done.exit_code == 0, done.output
+    assert "behind" in done.output
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["config"]["bisup"]["parts"] == ["clip", "smooth"]
+    assert json.loads((tmp_path / "o" / "activations.json").read_text())["bits"] == 8
