@@ -214,3 +214,20 @@ def test_the_command_line(work, tmp_path):
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     assert report["config"]["bisup"]["parts"] == ["clip", "smooth"]
     assert json.loads((tmp_path / "o" / "activations.json").read_text())["bits"] == 8
+
+
+def test_analyze_errors(work, tmp_path):
+    args = ["analyze", work / "model", "--errors", "--calibration", work / "calibration.txt", "--out", tmp_path / "o"]
+    args += ["--bits", 3, "--group-size", 32, "--act-bits", 3, "--kv-bits", 16, "--steps", 12, "--batch-size", 2]
+    args += ["--seq-len", 24, "--probe-batches", 4]
+    done = CliRunner().invoke(app, [str(a) for a in args])
+    assert done.exit_code == 0, done.output
+    curves = json.loads((tmp_path / "o" / "errors.json").read_text())["curves"]
+    assert list(curves) == ["rtn", "quarot", "rtn + BiSup", "quarot + BiSup"]
+    for host in ("rtn", "quarot"):
+        assert curves[f"{host} + BiSup"]["total"][-1] < curves[host]["total"][-1]
+    assert (tmp_path / "o" / "errors.svg").is_file()
+    assert "Error by depth" in (tmp_path / "o" / "report.html").read_text()
+    done = CliRunner().invoke(app, [str(a) for a in [*args, "--host", "awq"]])
+    assert done.exit_code == 1
+    assert "host='awq'" in done.output
