@@ -15,8 +15,9 @@ from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.errors import error_curves, write_error_pages
 from pyquant.integrations.evaluate import perplexity
 from pyquant.integrations.prompt import STORAGES, prompt_cache, prompted_perplexity, round_kv
-from pyquant.recipes.act_linear import ActLinear, Inputs, best_clip, best_ratio, round_weight
+from pyquant.recipes.act_linear import ActLinear, Inputs, best_clip, best_ratio, magnitudes, round_weight
 from pyquant.recipes.bisup import HOSTS, PARTS, BiSup, Opened, Quantized, bisup
+from pyquant.recipes.bisup_parts import Smoothing, Trained
 from pyquant.recipes.blocks import block_arguments, call_block, embed, find_blocks
 from pyquant.recipes.rotate import factors, hadamard, random_rotation, rotate, small_orthogonal
 from pyquant.recipes.streams import FullPrecision, InMemory, precision
@@ -242,6 +243,45 @@ def test_smoothing_alone_changes_nothing_before_rounding():
     errors = [(m.model(tokens).logits - before).norm() / before.norm() for m in (made, plain)]
     assert errors[0] < 2 * errors[1]
     assert errors[0] < 0.05
+
+
+def test_gradients_of_the_parts():
+    """fp64 gradcheck of everything smooth: folded norms, smoothed weights with the low-rank term, the range."""
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(12).double()
+    norm.weight.data.uniform_(0.5, 1.5)
+    columns = Smoothing(norm, torch.rand(12).double() + 0.5, 0.7, torch.float64)
+    rows = Smoothing(nn.Linear(12, 8), torch.rand(8).double() + 0.5, 0.7, torch.float64)
+    linear = nn.Linear(12, 8, bias=True).double().requires_grad_(False)
+    layer = Trained(linear, Inputs(3, 4), SPEC, torch.float32, torch.full((8, 1), 0.8), columns, rows)
+    layer.add_low_rank(3, 1.5, 0)
+    a, b = torch.randn(3, 12).double().requires_grad_(), torch.randn(8, 3).double().requires_grad_()
+    rho, turn = torch.randn(12).double().requires_grad_(), torch.randn(8).double().requires_grad_()
+    for module in (columns, rows):
+        del module._parameters["rho"]
+    del layer._parameters["a"], layer._parameters["b"]
+
+    def weight(rho, turn, a, b):
+        columns.rho, rows.rho, layer.a, layer.b = rho, turn, a, b
+        return layer.to_round(), layer.folded_bias(), columns.norm_weight() * columns.factors()
+
+    # norm x factors is the norm's old weight, whatever rho: its numerical gradient is 0, and straight through it is too
+    assert torch.autograd.gradcheck(weight, (rho, turn, a, b), eps=1e-6, atol=1e-6)
+    assert torch.autograd.gradcheck(lambda w: magnitudes(w, 4), (torch.randn(3, 10).double().requires_grad_(),))
+
+
+def test_the_gradient_of_a_clip_is_that_of_its_range():
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(6))
+    ratio = torch.full((4, 2), 0.7, requires_grad=True)
+    grad = torch.randn(4, 64, generator=torch.Generator().manual_seed(7))
+    round_weight(w, ratio, SPEC, torch.float32)[0].backward(grad)
+    unit = magnitudes(w, 32) / 3  # d scale / d ratio
+    v = w / (0.7 * unit).repeat_interleave(32, 1)
+    q = v.round().clamp(-4, 3)
+    slope = torch.where((v >= -4) & (v <= 3), q - v, q)
+    want = (grad * slope).view(4, 2, 32).sum(-1) * unit
+    torch.testing.assert_close(ratio.grad, want, rtol=1e-4, atol=1e-5)  # fp32 sums
+    assert (want.abs() > 0.01).all()
 
 
 class Memory:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pyquant.formats.spec import QuantSpec
 from pyquant.recipes.act_linear import ActLinear, Inputs, best_ratio, round_weight
 from pyquant.recipes.awq import _is_offset_norm
+from pyquant.reference.weights import wide
 
 
 class Smoothing(nn.Module):
@@ -41,12 +42,12 @@ class Smoothing(nn.Module):
     def __init__(self, producer: nn.Module, s0: Tensor, tau: float, stored: torch.dtype) -> None:
         super().__init__()
         self.tau, self.stored = tau, stored
-        self.register_buffer("s0", s0.float())
+        self.register_buffer("s0", wide(s0))
         self.rho = nn.Parameter(torch.zeros_like(self.s0), requires_grad=False)
         self.offset, gain = 0.0, None
         if not isinstance(producer, nn.Linear):
             self.offset = 1.0 if _is_offset_norm(producer) else 0.0
-            gain = producer.weight.detach().float() + self.offset
+            gain = wide(producer.weight.detach()) + self.offset
         self.register_buffer("gain", gain)
 
     def wanted(self) -> Tensor:
@@ -57,7 +58,7 @@ class Smoothing(nn.Module):
         """The folded weight of a norm, fp32 ``[K]`` on the grid of the stored dtype; straight through."""
         assert self.gain is not None
         exact = self.gain / self.wanted() - self.offset
-        return exact + (exact.detach().to(self.stored).float() - exact).detach()
+        return exact + (exact.detach().to(self.stored).to(exact.dtype) - exact).detach()
 
     def factors(self) -> Tensor:
         """What the readers' columns are multiplied with, fp32 ``[K]``."""
@@ -118,7 +119,7 @@ class Trained(nn.Linear):
 
     def smoothed(self) -> Tensor:
         """The weight with smoothing folded in, fp32 ``[N, K]``."""
-        w = self.weight.float()
+        w = wide(self.weight)
         if (columns := self.shared["columns"]) is not None:
             w = w * columns.factors()
         if (rows := self.shared["rows"]) is not None:
@@ -127,8 +128,9 @@ class Trained(nn.Linear):
 
     def to_round(self) -> Tensor:
         """W', fp32 ``[N, K]``."""
-        w = self.smoothed()
-        return w if self.a is None or self.b is None else w + self.gain * (self.b @ self.a)
+        with torch.autocast(self.weight.device.type, enabled=False):  # the product in fp32 while training too
+            w = self.smoothed()
+            return w if self.a is None or self.b is None else w + self.gain * (self.b @ self.a)
 
     def rounded(self) -> tuple[Tensor, Tensor]:
         """w_hat and its scales."""
