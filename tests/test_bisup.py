@@ -140,10 +140,55 @@ def test_rotating_spreads_an_outlier():
     assert peak(rotated) < 4
 
 
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Mistral"])
+def test_other_families_rotate(family):
+    """Biases, norms inside attention, sliding windows: logits stay, and the whole recipe runs."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=288, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data.add_(0.3 * torch.randn_like(p))
+    tokens = learnable_tokens(8, 24)
+    before = model(tokens).logits
+    rotated = copy.deepcopy(model)
+    rotate(rotated, tokens)
+    assert (rotated(tokens).logits - before).norm() < 1e-5 * before.norm()  # fp32 sums in another order
+    made = bisup(model, tokens, SPEC, BiSup(host="quarot", act_bits=3, steps=8, batch_size=4))
+    bare = bisup(model, tokens, SPEC, BiSup(host="quarot", act_bits=3, parts=(), batch_size=4))
+    assert (made.model(tokens).logits - before).norm() < (bare.model(tokens).logits - before).norm()
+
+
 def test_models_that_do_not_rotate_are_refused():
     model = tiny_llama()
     model.model.norm = nn.Identity()
     with pytest.raises(ValueError, match="quarot needs one norm"):
+        rotate(model, some_tokens())
+    with pytest.raises(ValueError, match="quarot rotates in fp32"):
+        rotate(tiny_llama(dtype=torch.bfloat16), some_tokens())
+
+
+def test_a_norm_behind_a_layer_is_refused():
+    """What Gemma has: the stream then receives what no rotation commutes with."""
+    model = tiny_llama()
+
+    class Behind(nn.Module):
+        def __init__(self, mlp: nn.Module) -> None:
+            super().__init__()
+            self.mlp, self.norm = mlp, nn.RMSNorm(64)
+            self.norm.weight.data.uniform_(0.5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.mlp(x))
+
+    for block in model.model.layers:
+        block.mlp = Behind(block.mlp)
+    with pytest.raises(ValueError, match="rotating changes its logits"):
         rotate(model, some_tokens())
 
 

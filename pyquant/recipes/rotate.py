@@ -128,6 +128,9 @@ def rotate(model: nn.Module, tokens: Tensor, seed: int = 0, online: bool = True)
         ValueError: the model does not fit (no RMSNorm before each layer that reads the stream, norms after layers, ..),
             with what was found; the model is then not to be used.
     """
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"quarot rotates in fp32, the model is in {dtype}: rotated weights would be rounded once more")
     _, blocks = find_blocks(model)
     tokens = tokens.to(next(model.parameters()).device)
     before = _logits(model, tokens)
