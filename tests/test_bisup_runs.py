@@ -70,6 +70,7 @@ def test_arms_of_one_model_quantize_once(tmp_path):
 
 def test_arms_and_what_is_refused():
     assert set(MAIN) < set(BISUP_ARMS)
+    assert len(resolve_bisup(list(benchmark.TUNE))) == len(benchmark.TUNE)
     assert resolve_bisup(["x=quarot+both,rank:4"])["x"]["rank"] == 4
     assert bisup_of({"parts": "clip+smooth"}).parts == ("clip", "smooth")
     for wrong in ("x=quarot,ranks:4", "x=quarot,storage:half", "quorot", "x=rtn,parts:turn"):
