@@ -23,6 +23,7 @@ import typer
 from pyquant.cli_output import Progress, table
 from pyquant.integrations.config import (
     SECTIONS,
+    BiSupSettings,
     BlockwiseSettings,
     KDSettings,
     QuantizeConfig,
@@ -125,6 +126,7 @@ def _option(field: str, *flags: str, text: str, panel: str | None = None) -> Any
 _KD = "Training (--recipe kd-qat and soft-qat)"
 _GPTQ = "Calibration (--recipe gptq and blockwise)"
 _BLOCK = "Training of blocks (--recipe blockwise; and --steps, --batch-size, --lr, --kl, --scale-lr relative to --lr)"
+_BISUP = "Low-bit inputs (--recipe bisup; and --steps, --batch-size, --calibration-windows)"
 _EVAL = "Evaluation"
 _HOW = "Format of the weights"
 
@@ -139,7 +141,7 @@ def quantize(
         Path | None, typer.Option(help="YAML file with any of these settings; flags override it.")
     ] = None,
     calibration: Annotated[
-        str | None, _option("calibration", "--calibration", text="Text of gptq, blockwise, kd-qat.")
+        str | None, _option("calibration", "--calibration", text="Text of gptq, blockwise, bisup, kd-qat.")
     ] = None,
     file_format: Annotated[str | None, _option("format", "--format", text="")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace --out, start anew.")] = None,
@@ -268,6 +270,16 @@ def quantize(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Less memory, slower.", rich_help_panel=_KD)
     ] = None,
+    host: Annotated[str | None, _option("bisup.host", "--host", text="", panel=_BISUP)] = None,
+    act_bits: Annotated[int | None, _option("bisup.act_bits", "--act-bits", text="Of inputs.", panel=_BISUP)] = None,
+    parts: Annotated[
+        str | None, _option("bisup.parts", "--parts", text="Vertical parts, comma-separated.", panel=_BISUP)
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        _option("bisup.prompt", "--prompt", text="Measure behind this text too, K and V in few bits.", panel=_BISUP),
+    ] = None,
+    kv_bits: Annotated[int | None, _option("bisup.kv_bits", "--kv-bits", text="Of K and V.", panel=_BISUP)] = None,
     other: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting of a recipe file (repeatable).")
     ] = None,
@@ -279,10 +291,11 @@ def quantize(
     given = dict(locals())
     flags = {name: given[name] for name in QuantizeConfig.model_fields if name in given}
     flags |= {"format": file_format, "range": weight_range, "eval": evals}
-    if recipe == "blockwise":
+    if recipe in ("blockwise", "bisup"):
         given |= {"windows": calibration_windows, "seq_len": calibration_length}
         given["lookahead"] = int(lookahead) if lookahead and lookahead.isdigit() else lookahead
-        flags |= {f"blockwise.{name}": given[name] for name in BlockwiseSettings.model_fields if name in given}
+        section: Any = BlockwiseSettings if recipe == "blockwise" else BiSupSettings
+        flags |= {f"{recipe}.{name}": given[name] for name in section.model_fields if name in given}
     else:
         flags |= {f"kd.{name}": given[name] for name in KDSettings.model_fields if name in given}
         flags |= {"soft.rounding": rounding, "soft.clamp": clamp}

@@ -38,12 +38,37 @@ def analyze(
         list[str] | None, typer.Option(help="NAME=FOLDER of a trained model to measure beside them (repeatable).")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    errors: Annotated[
+        bool, typer.Option("--errors", help="Of low-bit weights and inputs: error by depth and from token to token.")
+    ] = False,
+    host: Annotated[
+        list[str] | None, typer.Option(help="Of --errors: rtn, atom or quarot (repeatable; rtn and quarot).")
+    ] = None,
+    act_bits: Annotated[int, typer.Option(min=2, max=16, help="Of --errors: bits of inputs.")] = 4,
+    kv_bits: Annotated[int | None, typer.Option(min=2, max=16, help="Of --errors: of K and V (--act-bits).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
 ) -> None:
     """Gradients and outputs of every projection in full precision, quantized, and in KD-QAT with and without freezing."""
     from pyquant.integrations.signals import SignalConfig, analyze
     from pyquant.integrations.signals_report import conclusions, loss_table, signal_table, write_pages
 
+    if errors:
+        from pyquant.formats.spec import QuantSpec
+        from pyquant.integrations.errors import error_table
+        from pyquant.integrations.errors_run import analyze_errors
+
+        spec = QuantSpec(bits, group_size, symmetric)
+        with Progress() as progress:
+            curves = analyze_errors(
+                model, calibration, out, spec, host or ("rtn", "quarot"), act_bits, kv_bits, steps, batch_size, seq_len,
+                16 * batch_size, probe_batches * batch_size, device, 0, typed(context), progress,
+            )  # fmt: skip
+        if as_json:
+            typer.echo(json.dumps(curves, indent=1))
+            return
+        table(*error_table(curves))
+        typer.echo(f"\n{out}/report.html and errors.svg have the curves.")
+        return
     given: dict[str, Any] = {}
     if freeze is not None:
         given["freezes"] = tuple(tuple(filter(None, patterns.split(","))) for patterns in freeze)

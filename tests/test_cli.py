@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from pyquant.cli import app
 from pyquant.integrations.config import (
+    BiSupSettings,
     BlockwiseSettings,
     KDSettings,
     QuantizeConfig,
@@ -255,7 +256,7 @@ def test_overwrite_replaces(model, tmp_path):
         ("steps: 3", ["unknown key 'steps'", "kd.steps"]),
         ("bits: 5", ["bits=5", "less than or equal to 4"]),
         ("group_size: 100", ["group_size=100", "-1, 32, 64 or 128"]),
-        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq', 'blockwise', 'kd-qat' or 'soft-qat'"]),
+        ("recipe: awq", ["recipe='awq'", "'rtn', 'gptq', 'blockwise', 'bisup', 'kd-qat' or 'soft-qat'"]),
         ("- 1", ["must hold keys and values"]),
         ("kd: 3", ["kd must hold keys"]),
         ("a: [", ["is not YAML"]),
@@ -370,7 +371,9 @@ def test_every_setting_has_a_flag():
     rare |= {f"kd.{name}" for name in ("activation_bits", "embedding_bits", "head_bits", "weights", "reuse_fake_quant")}
     rare |= {f"kd.{name}" for name in ("train_embeddings", "train_head")}
     rare |= {f"soft.{name}" for name in ("beta", "soft_forward", "schedule", "start", "end")}
-    for key in set(known_keys()) - {"kd", "soft", "gptq", "blockwise", "model"} - rare:
+    flagged = {"host", "act_bits", "parts", "prompt", "kv_bits", "steps", "batch_size"}
+    rare |= {f"bisup.{name}" for name in BiSupSettings.model_fields if name not in flagged}
+    for key in set(known_keys()) - {"kd", "soft", "gptq", "blockwise", "bisup", "model"} - rare:
         flag = "--" + named.get(key, key.rpartition(".")[2].replace("_", "-"))
         assert flag in words, key
 

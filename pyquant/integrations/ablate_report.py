@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.ablate import Bench
+from pyquant.integrations.ablate_bisup import BiSupBench
 from pyquant.integrations.ablate_qat import QATBench
 from pyquant.integrations.checkpoint import local_folder
 from pyquant.integrations.data import load_text, windows
 from pyquant.integrations.machine import pick_device, versions, window_length
+from pyquant.integrations.prompt import SYSTEM, prompt_tokens
 from pyquant.integrations.spread import differences, summary
 from pyquant.integrations.transformers import load_causal_lm
 from pyquant.integrations.work import checkpoint_digest, tensor_digest
@@ -32,7 +35,8 @@ def load_bench(
     eval_skip_chars: int,
     device: str,
     recipe: str = "blockwise",
-) -> tuple[Bench | QATBench, dict[str, Any]]:
+    prompt: str = SYSTEM,
+) -> tuple[Bench | QATBench | BiSupBench, dict[str, Any]]:
     """A model in fp32 with its texts, and the facts that all rows have in common.
 
     Args:
@@ -43,7 +47,8 @@ def load_bench(
         batch: windows at once.
         eval_windows, eval_skip_chars: of each evaluation text.
         device: ``auto``, ``cpu`` or ``cuda``.
-        recipe: ``blockwise`` or ``qat``.
+        recipe: ``blockwise``, ``qat`` or ``bisup``.
+        prompt: of bisup, the text before every window.
 
     Raises:
         FileNotFoundError, ValueError: as their parts.
@@ -60,9 +65,13 @@ def load_bench(
         for source, t in texts.items()
     }
     drawn = windows(tokenizer, text, size, source=calibration)
-    bench: Bench | QATBench
+    bench: Bench | QATBench | BiSupBench
+    before: Tensor | None = None
     if recipe == "qat":
         bench, count = QATBench(net, drawn, measured, share=where == "cuda"), len(drawn)
+    elif recipe == "bisup":
+        before = prompt_tokens(tokenizer, prompt)
+        bench = BiSupBench(net, drawn, count, measured, before, batch)
     else:
         bench = Bench(net, drawn, count, measured, batch, share=True)
     facts: dict[str, Any] = {
@@ -75,6 +84,8 @@ def load_bench(
         "batch": batch,
         "device": versions(where)["device"],
     }
+    if before is not None:
+        facts["prompt"] = tensor_digest(before[None])
     return bench, facts
 
 
@@ -119,9 +130,10 @@ def write_page(meta: dict[str, Any], rows: list[dict[str, Any]], base: str, path
     """``report.html`` of a comparison."""
     columns, cells = mean_table(rows, meta.get("full_precision"))
     notes = [note for row in rows for note in row["notes"]]
-    qat = meta.get("recipe") == "qat"
+    qat, bisup = meta.get("recipe") == "qat", meta.get("recipe") == "bisup"
+    blocks = "Ways of weight-activation quantization compared" if bisup else "Ways of block-wise quantization compared"
     report = Report(
-        title="Ways of quantization-aware training compared" if qat else "Ways of block-wise quantization compared",
+        title="Ways of quantization-aware training compared" if qat else blocks,
         lead=[
             f"{meta['spec']}; {meta['calibration_tokens']:,} {'training tokens' if qat else 'calibration tokens a seed'}; "
             f"{meta['device']}",

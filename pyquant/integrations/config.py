@@ -7,13 +7,14 @@ that names the key.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-Recipe = Literal["rtn", "gptq", "blockwise", "kd-qat", "soft-qat"]
+Recipe = Literal["rtn", "gptq", "blockwise", "bisup", "kd-qat", "soft-qat"]
 Range = Literal["minmax", "mse"]
 Format = Literal["compressed-tensors", "gptq"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -144,11 +145,64 @@ class BlockwiseSettings(BaseModel):
     stream: bool | None = None
 
 
+class BiSupSettings(BaseModel):
+    """``--recipe bisup``: fields and defaults of :class:`pyquant.recipes.bisup_settings.BiSup`, the calibration windows, and
+    what is measured behind a prompt.
+
+    Attributes:
+        windows, seq_len: calibration windows and tokens in one (None: the model's context, at most 2048).
+        prompt: text before every window in a second evaluation with low-bit K and V; ``""`` is a text of ours.
+        kv_bits: of K and V there; None is ``act_bits``.
+        storage: of the prompt's, see :mod:`pyquant.integrations.prompt`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    host: Literal["rtn", "atom", "quarot"] = "rtn"
+    act_bits: int = Field(4, ge=2, le=16)
+    act_group: Literal[-1, 32, 64, 128] | None = None
+    act_clip: float | None = Field(None, gt=0, le=1)
+    weight_clip: float | None = Field(None, gt=0, le=1)
+    outliers: float = Field(1 / 32, ge=0, lt=1)
+    outlier_bits: int = Field(8, ge=2, le=8)
+    online: bool = True
+    parts: tuple[str, ...] = ("clip", "smooth", "low-rank")
+    steps: int = Field(320, ge=0)
+    batch_size: int = Field(8, ge=1)
+    lr_clip: float = Field(1e-2, ge=0)
+    lr_act_clip: float = Field(1e-2, ge=0)
+    lr_smooth: float = Field(5e-3, ge=0)
+    lr_low_rank: float = Field(5e-4, ge=0)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    clip_start: Literal["mse", "host"] = "mse"
+    clip_most: float = Field(1 / (1 + math.exp(-4)), gt=0, lt=1)
+    act_clipping: bool = True
+    smooth_alpha: float | None = Field(None, ge=0, le=1)
+    smooth_reach: float = Field(1.0, gt=0)
+    rank: int = Field(16, ge=1)
+    alpha: float = 4.0
+    target: Literal["fp", "block", "both"] = "both"
+    keep_best: bool = True
+    graphs: bool = True
+    autocast: bool = True
+    windows: int = Field(128, ge=1)
+    seq_len: int | None = Field(None, ge=2)
+    prompt: str | None = None
+    kv_bits: int | None = Field(None, ge=2, le=16)
+    storage: Literal["none", "computed", "stored", "both"] = "both"
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        return tuple(filter(None, value.replace("+", ",").split(","))) if isinstance(value, str) else value
+
+
 SECTIONS: dict[str, type[BaseModel]] = {
-    "kd": KDSettings, "soft": SoftSettings, "gptq": GPTQSettings, "blockwise": BlockwiseSettings,
+    "kd": KDSettings, "soft": SoftSettings, "gptq": GPTQSettings, "blockwise": BlockwiseSettings, "bisup": BiSupSettings,
 }  # fmt: skip
 _SECTIONS_OF = {  # recipe -> the sections that it reads
     "kd-qat": ("kd", "soft"), "soft-qat": ("kd", "soft"), "gptq": ("gptq",), "blockwise": ("blockwise",),
+    "bisup": ("bisup",),
 }  # fmt: skip
 TRAINED = ("kd-qat", "soft-qat")  # recipes that train the whole model
 
@@ -159,13 +213,14 @@ class QuantizeConfig(BaseModel):
     Attributes:
         model: folder of a Hugging Face checkpoint (or a name in the local Hugging Face cache).
         recipe: ``rtn`` (round to nearest, no data), ``gptq`` (column by column, some text), ``blockwise`` (roundings and
-            ranges trained block by block, some text), ``kd-qat`` (quantization-aware training with distillation) or
+            ranges trained block by block, some text), ``bisup``
+            (low-bit inputs too, some text), ``kd-qat`` (quantization-aware training with distillation) or
             ``soft-qat`` (the same with continuous rounding and clamping).
         bits, group_size, symmetric: the weight format; group size -1 is one scale per output channel.
         range: how the first range is found: ``mse`` (smallest squared error) or ``minmax``.
         include, exclude: shell-style patterns on module names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing the model.
-        calibration: text of gptq, blockwise, kd-qat and soft-qat: a file, a folder, or a data set name.
+        calibration: text of gptq, blockwise, bisup, kd-qat and soft-qat: a file, a folder, or a data set name.
         eval: texts to measure perplexity on, before and after.
         eval_windows: at most this many windows of each text; None is all of them.
         eval_length: tokens in a window; None is the model's context, at most 2048.
@@ -175,7 +230,7 @@ class QuantizeConfig(BaseModel):
         resume: continue the unfinished work beside ``out``.
         device, dtype: where and in which arithmetic; ``auto`` means the GPU in the checkpoint's dtype,
             or the CPU in float32.
-        kd, soft, gptq, blockwise: settings of the recipes: ``kd`` of kd-qat and soft-qat, ``soft`` of soft-qat.
+        kd, soft, gptq, blockwise, bisup: settings of the recipes: ``kd`` of kd-qat and soft-qat, ``soft`` of soft-qat.
     """
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -205,6 +260,7 @@ class QuantizeConfig(BaseModel):
     soft: SoftSettings = Field(default_factory=SoftSettings)
     gptq: GPTQSettings = Field(default_factory=GPTQSettings)
     blockwise: BlockwiseSettings = Field(default_factory=BlockwiseSettings)
+    bisup: BiSupSettings = Field(default_factory=BiSupSettings)
 
     @field_validator("include", "exclude", "eval", mode="before")
     @classmethod

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
+from pyquant.integrations.bisup import FILE, Activations, apply_bisup, bisup_settings
 from pyquant.integrations.blockwise import quantize_blocks, split_report, streams
 from pyquant.integrations.checkpoint import local_folder
 from pyquant.integrations.config import FREE_OF_BLOCKWISE, TRAINED, QuantizeConfig, load_config
@@ -133,6 +134,10 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         if config.kd.freeze and config.kd.freeze_at >= config.kd.steps:
             raise ValueError(f"kd.freeze_at={config.kd.freeze_at} is never reached in kd.steps={config.kd.steps}")
         optimizer_class(kd_config(config))
+    if config.recipe == "bisup":
+        bisup_settings(config)
+        if not config.symmetric:
+            raise ValueError("recipe bisup has symmetric weights only; asymmetric ones belong to blockwise")
     if config.recipe != "rtn" and config.calibration is None:
         raise ValueError(f"recipe {config.recipe} needs text: give a calibration file (--calibration)")
     sources = {source: load_text(source, skip_chars=config.eval_skip_chars) for source in config.eval}
@@ -167,6 +172,7 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         streamed.set_dtype(compute)
     else:
         cast(model, device, compute)
+    acts: Activations | None = None
     work.open()
     try:
         whole = streamed or model
@@ -174,6 +180,12 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         if settings is not None:
             assert tokens is not None
             report = _apply_blocks(config, spec, settings, model, streamed, tokens, stored, work, clock, result)
+        elif config.recipe == "bisup":
+            assert tokens is not None
+            pairs = [(text.source, text.windows) for text in texts]
+            model, report, acts = apply_bisup(
+                config, spec, model, tokenizer, pairs, tokens, stored, work.path / BLOCKS, work.resumed, clock, result
+            )
         else:
             model, report = _apply(config, spec, model, tokens, stored, work, clock, result)
         digest = model_digest(model) if texts else ""
@@ -182,8 +194,12 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
             {"text": t.source, "windows": len(t.windows), "length": t.windows.shape[1], "fp": a, "quantized": b}
             for t, a, b in zip(texts, fp, quantized, strict=True)
         ]
+        if acts is not None:
+            acts.remove()
+            result.rows += acts.rows
         result.kept = report.kept
-        _finish(config, spec, model, tokenizer, texts, report, work, clock, result, command)
+        extra = {} if acts is None else {FILE: acts.text}
+        _finish(config, spec, model, tokenizer, texts, report, work, clock, result, command, extra)
     except BaseException:
         work.close_after_failure()
         raise
@@ -295,13 +311,14 @@ def _finish(
     clock: Clock,
     result: Result,
     command: str,
+    extra: dict[str, str],
 ) -> None:
     """Export into the work folder, load back and compare, write the reports, publish."""
     checkpoint = work.path / "checkpoint"
     probe = texts[0].windows[:1, :64] if texts else torch.arange(16).remainder(model.config.vocab_size)[None]
     expected = probe_logits(model, probe)
     with clock("export"):
-        info = export(model, tokenizer, local_folder(config.model), checkpoint, spec, config.format, overwrite=True)
+        info = export(model, tokenizer, local_folder(config.model), checkpoint, spec, config.format, True, extra)
     with clock("load back and compare"):
         p = next(model.parameters())
         result.max_difference = verify(checkpoint, probe, expected, p.dtype, p.device)
@@ -385,8 +402,8 @@ def _check_layers(config: QuantizeConfig, spec: QuantSpec, model: nn.Module) -> 
 
 
 def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: QuantizeConfig) -> Tensor:
-    if config.recipe in ("gptq", "blockwise"):
-        how = config.gptq if config.recipe == "gptq" else config.blockwise
+    if config.recipe in ("gptq", "blockwise", "bisup"):
+        how: Any = {"gptq": config.gptq, "blockwise": config.blockwise, "bisup": config.bisup}[config.recipe]
         length = window_length(model, how.seq_len, f"{config.recipe}.seq_len")
         return windows(tokenizer, text, length, how.windows, str(config.calibration))
     context = getattr(model.config, "max_position_embeddings", None)
@@ -398,7 +415,9 @@ def _training_windows(tokenizer: Any, text: str, model: nn.Module, config: Quant
 def _check_disk(config: QuantizeConfig, model: nn.Module) -> None:
     """Room for the checkpoint and, in training, for weights, optimizer and their replacement."""
     parameters = sum(p.numel() for p in model.parameters())
-    need = parameters * (2 + 2 * 12 if config.recipe in TRAINED else 4 if config.recipe == "blockwise" else 2)
+    need = parameters * (
+        2 + 2 * 12 if config.recipe in TRAINED else 4 if config.recipe in ("blockwise", "bisup") else 2
+    )
     folder = next(p for p in (config.out.parent, *config.out.parent.parents) if p.exists())
     free = shutil.disk_usage(folder).free
     if free < need:

@@ -21,20 +21,49 @@ from pyquant.quantizers.ranges import round_scale
 EIGHT = QuantSpec(8, -1)
 
 
-def fake_quant_tokens(x: Tensor, bits: int = 8) -> Tensor:
-    """Round each token to signed integers of its own scale, ``max|x| / (2^(bits-1) - 1)``, straight through.
+def fake_quant_tokens(
+    x: Tensor, bits: int = 8, group_size: int = -1, clip: float | Tensor = 1.0, range_gradient: bool = False
+) -> Tensor:
+    """Round groups of each token to signed integers of their own scale, symmetric, straight through::
+
+        q = clamp(round(x / s), -2^(bits-1), 2^(bits-1) - 1),   s = clip max|x| / (2^(bits-1) - 1),   result q s
 
     Args:
-        x: ``[..., K]`` float: a scale for each row of K values, found anew at every call.
+        x: ``[..., K]`` float: a scale for each G values of each row, found anew at every call. Sums and scales in fp32.
         bits: 2..8.
+        group_size: G; -1 is one group. Where G does not divide K the last group is shorter.
+        clip: factor of the largest magnitude, in (0, 1]; a 0-dim tensor may be learned (with ``range_gradient``).
+        range_gradient: let gradients pass through the scale too, to the largest value of the group and to ``clip``.
 
     Returns:
-        shape and dtype of x; the gradient passes as it is (no value is clipped).
+        shape and dtype of x. Without ``range_gradient`` the gradient passes as it is where nothing was clipped, and is 0
+        where something was.
     """
-    wide = x.detach().float()
-    scale = (wide.abs().amax(-1, keepdim=True) / ((1 << (bits - 1)) - 1)).clamp_min(1e-12)
-    rounded = (torch.round(wide / scale) * scale).to(x.dtype)
-    return x + (rounded - x.detach()) if x.requires_grad else rounded
+    top = (1 << (bits - 1)) - 1
+    k = x.shape[-1]
+    wide = x.float()
+    if group_size != -1 and group_size < k:
+        wide = nn.functional.pad(wide, (0, -k % group_size)).unflatten(-1, (-1, group_size))
+    trains = x.requires_grad or (isinstance(clip, Tensor) and clip.requires_grad)
+    scale = (wide.abs().amax(-1, keepdim=True) * (clip / top)).clamp_min(1e-12)
+    if not range_gradient:
+        scale = scale.detach()
+    if not trains:
+        return _back(torch.round(wide / scale).clamp(-top - 1, top) * scale, x)
+    if not range_gradient:
+        steps = torch.round(wide.detach() / scale)
+        rounded = steps.clamp(-top - 1, top) * scale
+        inside = (steps >= -top - 1) & (steps <= top)
+        return _back(rounded + torch.where(inside, wide - wide.detach(), 0.0), x)
+    v = wide / scale
+    v = (v + (torch.round(v) - v).detach()).clamp(-top - 1, top)
+    return _back(v * scale, x)
+
+
+def _back(y: Tensor, like: Tensor) -> Tensor:
+    """Groups ``[.., K/G, G]`` to the shape and dtype of ``like``."""
+    y = y.flatten(-2)[..., : like.shape[-1]] if y.dim() > like.dim() else y
+    return y.to(like.dtype)
 
 
 def quantize_inputs(model: nn.Module, bits: int = 8) -> list[Any]:
