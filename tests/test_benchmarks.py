@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plots
+from benchmarks.ptq import merge
 from benchmarks.tables import end_to_end
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,3 +61,18 @@ def test_end_to_end_table():
         "| decode, batch 8, tokens/s | - | 20 | - |",
         "| prefill of 2048, ms | 7.2 | - | - |",
     ]
+
+
+def test_parts_of_a_run_become_one_file(tmp_path):
+    def part(i, commit="a"):
+        file = tmp_path / f"part{i}.json"
+        rows = [{"key": f"arm {i}", "perplexity": {}}, {"key": "in both", "perplexity": {}}]
+        file.write_text(json.dumps({"meta": {"model": "m", "commit": commit}, "rows": rows}))
+        return file
+
+    merge(tmp_path / "all.json", [part(0), part(1)])
+    held = json.loads((tmp_path / "all.json").read_text())
+    assert held["meta"] == {"model": "m", "commit": "a"}
+    assert [row["key"] for row in held["rows"]] == ["arm 0", "in both", "arm 1"]
+    with pytest.raises(ValueError, match="is of another run"):
+        merge(tmp_path / "all.json", [part(0), part(1, "b")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -55,6 +56,30 @@ def test_tiles_and_pages_give_back_what_they_hold(size):
         "differences of codes times fp16 scales are exact in fp32"
     )
     assert torch.equal(got[1].double(), page_values(v, False))
+
+
+@pytest.mark.parametrize("size", kv4.HEAD_SIZES)
+def test_words_are_what_the_kernels_take_apart(size):
+    """Decoded as csrc/attention_kv4.cu does, by masks and a turn of 8, and placed by the picture of a fragment."""
+    codes = torch.randint(0, 16, (kv4.PAGE, size), dtype=torch.uint8)
+    lane, register, half = torch.meshgrid(torch.arange(32), torch.arange(4), torch.arange(2), indexing="ij")
+    row, column = lane // 4 + 8 * (register % 2), 2 * (lane % 4) + half + 8 * (register // 2)
+    for which, order in enumerate(kv4._page_order(size)):
+        words = kv4.pack_codes(codes, order).view(torch.int32).long() & 0xFFFFFFFF
+        turned = (words >> 8 | words << 24) & 0xFFFFFFFF
+        fields = [words & 0x03C003C0, turned & 0x03C003C0, words & 0x003C003C, turned & 0x003C003C]
+        pairs = torch.stack(fields, -1) | 0x3C003C00
+        halves = torch.stack([pairs & 0xFFFF, pairs >> 16], -1).short().view(torch.float16).float()
+        got = (halves - 1) * torch.tensor([16.0, 16.0, 256.0, 256.0]).view(4, 1)  # [words, 4, 2]
+        at = 0
+        for block, first in itertools.product(range(4), range(0, size // 16, 4)):
+            count = min(4, size // 16 - first)
+            mine = got[at : at + 32 * count].view(32, count, 4, 2)
+            for piece in range(count):
+                token, channel = (row, column) if which == 0 else (column, row)
+                assert torch.equal(mine[:, piece], codes[16 * block + token, 16 * (first + piece) + channel].float())
+            at += 32 * count
+        assert at == len(words)
 
 
 def test_a_page_errs_by_half_a_step():

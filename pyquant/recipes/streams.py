@@ -155,13 +155,13 @@ def strictly(rehearsal: Callable[[], object]) -> Iterator[None]:
         return
     torch.use_deterministic_algorithms(True)
     try:
-        rehearsal()
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        log.warning("this training does not repeat to the bit: %s", str(error).split(". ")[0])
-    try:
+        try:
+            rehearsal()
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            log.warning("this training does not repeat to the bit: %s", str(error).split(". ")[0])
         yield
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
