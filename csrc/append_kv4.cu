@@ -208,21 +208,7 @@ void append_kv4(const Kv4Append& a, cudaStream_t stream) {
                             a);
     };
     const auto with_type = [&](auto size) { a.dtype == 0 ? run(__nv_bfloat16{}, size) : run(__half{}, size); };
-    switch (a.head_size) {
-        case 64:
-            return with_type(std::integral_constant<int, 64>{});
-        case 80:
-            return with_type(std::integral_constant<int, 80>{});
-        case 96:
-            return with_type(std::integral_constant<int, 96>{});
-        case 128:
-            return with_type(std::integral_constant<int, 128>{});
-        case 256:
-            return with_type(std::integral_constant<int, 256>{});
-        default:
-            throw std::invalid_argument("append_kv4: head size " + std::to_string(a.head_size) +
-                                        " must be 64, 80, 96, 128 or 256");
-    }
+    with_head_size(a.head_size, "append_kv4", with_type);
 }
 
 }  // namespace pyquant

@@ -64,21 +64,7 @@ void rope_append(const AttentionArguments& a, const void* cos, const void* sin, 
                             static_cast<const float*>(sin), static_cast<T*>(q_out), length);
     };
     const auto with_type = [&](auto size) { a.dtype == 0 ? run(__nv_bfloat16{}, size) : run(__half{}, size); };
-    switch (a.head_size) {
-        case 64:
-            return with_type(std::integral_constant<int, 64>{});
-        case 80:
-            return with_type(std::integral_constant<int, 80>{});
-        case 96:
-            return with_type(std::integral_constant<int, 96>{});
-        case 128:
-            return with_type(std::integral_constant<int, 128>{});
-        case 256:
-            return with_type(std::integral_constant<int, 256>{});
-        default:
-            throw std::invalid_argument("rope_append: head size " + std::to_string(a.head_size) +
-                                        " must be 64, 80, 96, 128 or 256");
-    }
+    with_head_size(a.head_size, "rope_append", with_type);
 }
 
 }  // namespace pyquant

@@ -357,21 +357,7 @@ void dispatch(const Step<T>& step, int64_t batch, int d, cudaStream_t stream) {
         constexpr int D = decltype(size)::value;
         step.heads <= 8 * step.kv_heads ? launch<T, D, 1>(step, batch, stream) : launch<T, D, 2>(step, batch, stream);
     };
-    switch (d) {
-        case 64:
-            return with_heads(std::integral_constant<int, 64>{});
-        case 80:
-            return with_heads(std::integral_constant<int, 80>{});
-        case 96:
-            return with_heads(std::integral_constant<int, 96>{});
-        case 128:
-            return with_heads(std::integral_constant<int, 128>{});
-        case 256:
-            return with_heads(std::integral_constant<int, 256>{});
-        default:
-            throw std::invalid_argument("attention_decode: head size " + std::to_string(d) +
-                                        " must be 64, 80, 96, 128 or 256");
-    }
+    with_head_size(d, "attention_decode", with_heads);
 }
 
 }  // namespace

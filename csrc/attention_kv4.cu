@@ -835,21 +835,7 @@ void attention_kv4(const Kv4Arguments& a, cudaStream_t stream) {
                            static_cast<int>(a.ring_tiles),
                            a.early};
         const int r = static_cast<int>(rows);
-        switch (d) {
-            case 64:
-                return with_rows<T, 64>(call, r, stream);
-            case 80:
-                return with_rows<T, 80>(call, r, stream);
-            case 96:
-                return with_rows<T, 96>(call, r, stream);
-            case 128:
-                return with_rows<T, 128>(call, r, stream);
-            case 256:
-                return with_rows<T, 256>(call, r, stream);
-            default:
-                throw std::invalid_argument("attention_kv4: head size " + std::to_string(d) +
-                                            " must be 64, 80, 96, 128 or 256");
-        }
+        with_head_size(d, "attention_kv4", [&](auto size) { with_rows<T, decltype(size)::value>(call, r, stream); });
     };
     a.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
 }

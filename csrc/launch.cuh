@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace pyquant {
 
@@ -49,6 +50,26 @@ void with_float_type(int dtype, F&& f) {
             return f(float{});
         default:
             throw std::invalid_argument("unknown dtype number " + std::to_string(dtype));
+    }
+}
+
+// f with the head size as a compile-time constant.
+template <typename F>
+void with_head_size(int64_t head_size, const char* what, F&& f) {
+    switch (head_size) {
+        case 64:
+            return f(std::integral_constant<int, 64>{});
+        case 80:
+            return f(std::integral_constant<int, 80>{});
+        case 96:
+            return f(std::integral_constant<int, 96>{});
+        case 128:
+            return f(std::integral_constant<int, 128>{});
+        case 256:
+            return f(std::integral_constant<int, 256>{});
+        default:
+            throw std::invalid_argument(std::string(what) + ": head size " + std::to_string(head_size) +
+                                        " must be 64, 80, 96, 128 or 256");
     }
 }
 
