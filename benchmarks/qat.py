@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.ptq import SPECS, TEXTS, commit
 from pyquant.formats.spec import QuantSpec
+from pyquant.integrations import ablate_qat
 from pyquant.integrations.ablate import jobs, run_jobs
 from pyquant.integrations.ablate_qat import QAT_ARMS, QAT_SEEDLESS, UNQUANTIZED, QATBench, resolve_qat
 from pyquant.integrations.data import load_text, windows
@@ -34,34 +35,49 @@ from pyquant.integrations.transformers import load_causal_lm
 MODEL, LENGTH = "classics-llama-28m", 1024
 TRAINING = "classics/calibration.txt"
 TUNING = ("classics/valid.txt", 400_000)  # characters from the start: the measured part begins behind them
-SPECS = {**SPECS, "w2": (2, -1, True)}
-DEFAULT_SPECS = ("w4", "w4g128", "w3", "w3g128", "w2g64", "w2")
+SPECS = {**SPECS, "w2": (2, -1, True), "w2g128": (2, 128, True)}
+DEFAULT_SPECS = ("w3", "w4", "w2g64", "w3g128", "w4g128", "w2g128", "w2")
 DEFAULT_ARMS = (
     "rtn", "control", "qat-ce", "kd", "kd-pure", "kd-ov", "soft-round", "soft-clamp", "soft-both", "soft-kd", "soft-kd-ov",
 )  # fmt: skip
-# Learning rates of weights and scales by bits, for every arm alike; chosen with --tune.
-RATES = {4: (1e-4, 1e-4), 3: (2e-4, 2e-4), 2: (4e-4, 4e-4)}
-
-# What --tune runs for each format: NAME=ARM,changes, the most informative first.
-TUNE: dict[str, tuple[str, ...]] = {
-    "w4": (
-        *(f"control-{lr:g}=control,lr:{lr}" for lr in (2.5e-5, 5e-5, 1e-5)),
-        *(f"kd-pure-{lr:g}=kd-pure,lr:{lr},scale_lr:{lr}" for lr in (5e-5, 2.5e-5, 1e-4, 2e-4)),
-        *(f"kd-{lr:g}=kd,lr:{lr},scale_lr:{lr}" for lr in (5e-5, 2.5e-5)),
-    ),
-    "w3": (
-        *(f"kd-pure-{lr:g}=kd-pure,lr:{lr},scale_lr:{lr}" for lr in (1e-4, 4e-4, 2e-4)),
-        "kd-pure-slow-scales=kd-pure,lr:2e-4,scale_lr:2e-5",
-        "kd-1e-4=kd,lr:1e-4,scale_lr:1e-4",
-        "kd-mostly=kd,lr:2e-4,scale_lr:2e-4,loss.kl:0.9,loss.ce:0.1",
-    ),
-    "w2g64": (
-        *(f"kd-pure-{lr:g}=kd-pure,lr:{lr},scale_lr:{lr}" for lr in (4e-4, 8e-4, 2e-4)),
-        "kd-pure-slow-scales=kd-pure,lr:8e-4,scale_lr:8e-5",
-        "kd-mostly=kd,lr:8e-4,scale_lr:2e-4,loss.kl:0.9,loss.ce:0.1",
-        "kd-pure-long=kd-pure,lr:8e-4,scale_lr:2e-4,steps:3000",
-    ),
+# Learning rates by bits and by what an arm learns from; chosen with --tune. --rates takes them from such a run instead.
+RATES: dict[int, dict[str, float]] = {
+    4: {"control": 1e-5, "ce": 2.5e-5, "kl+ce": 5e-5, "kl": 2e-4},
+    3: {"ce": 1e-4, "kl+ce": 2e-4, "kl": 2e-4},
+    2: {"ce": 4e-4, "kl+ce": 4e-4, "kl": 4e-4},
 }
+
+# What --tune runs for each format: rates of weights and scales for each kind of arm.
+TUNE: dict[str, dict[str, tuple[float, ...]]] = {
+    "w4": {"control": (1e-5, 2.5e-5), "qat-ce": (1e-5, 2.5e-5, 1e-4), "kd": (2.5e-5, 1e-4), "kd-pure": (1e-4, 2e-4)},
+    "w3": {"qat-ce": (2.5e-5, 1e-4), "kd": (1e-4, 2e-4), "kd-pure": (2e-4, 4e-4)},
+    "w2g64": {"qat-ce": (1e-4, 4e-4), "kd": (2e-4, 6e-4), "kd-pure": (4e-4, 8e-4)},
+}
+
+
+def tuning(spec: str) -> list[str]:
+    """Definitions of the arms of --tune for a format."""
+    return [
+        f"{spec} {arm}-{lr:g}={arm},lr:{lr},scale_lr:{lr}"
+        for place in range(max(map(len, TUNE[spec].values())))
+        for arm, found in TUNE[spec].items()
+        for lr in found[place : place + 1]
+    ]
+
+
+def chosen(file: Path | None) -> dict[int, dict[str, float]]:
+    """:data:`RATES` with those that were best in a --tune run in their places."""
+    rates = {bits: dict(found) for bits, found in RATES.items()}
+    best: dict[tuple[int, str], float] = {}
+    for row in [] if file is None else json.loads(file.read_text())["rows"]:
+        spec, value = row["key"].split()[0], row["perplexity"]["tuning"]
+        at = SPECS[spec][0], ablate_qat.teaching_of(row["settings"])
+        if value < best.get(at, float("inf")):
+            best[at] = value
+            rates[at[0]][at[1]] = row["settings"]["lr"]
+    for bits in (3, 2):
+        rates[bits]["control"] = rates[4]["control"]
+    return rates
 
 
 def load(args: argparse.Namespace) -> QATBench:
@@ -79,7 +95,10 @@ def load(args: argparse.Namespace) -> QATBench:
         }
     text = load_text(str(data / TRAINING))
     tokens = windows(tokenizer, text[: args.training_chars], args.seq_len, None, "training")
-    rates = {str(QuantSpec(*s)): dict(zip(("lr", "scale_lr"), RATES[s[0]], strict=True)) for s in SPECS.values()}
+    rates = {
+        str(QuantSpec(*s)): {kind: {"lr": lr, "scale_lr": lr} for kind, lr in chosen(args.rates)[s[0]].items()}
+        for s in SPECS.values()
+    }
     return QATBench(model, tokens, texts, rates, share=args.device == "cuda")
 
 
@@ -129,6 +148,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--specs", nargs="+", choices=list(SPECS), help=f"default {' '.join(DEFAULT_SPECS)}")
     parser.add_argument("--arms", nargs="+", help=f"default {' '.join(DEFAULT_ARMS)}; known {' '.join(QAT_ARMS)}")
     parser.add_argument("--tune", action="store_true", help="learning rates, measured on text of its own")
+    parser.add_argument(
+        "--rates", type=Path, help="result of a --tune run: take the learning rates that were best there"
+    )
     parser.add_argument("--seeds", type=int, help="3, or 1 with --tune")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -152,8 +174,9 @@ def main() -> None:
     quiet()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     common = {"steps": args.steps, "batch_size": args.batch_size, "warmup_steps": min(50, args.steps // 10)}
+    common["weights"] = "bf16"  # with fp32 copies: everything between the products moves half of the bytes
     if args.tune and not args.arms:
-        named = {spec: [f"{spec} {arm}" for arm in TUNE[spec]] for spec in args.specs}
+        named = {spec: tuning(spec) for spec in args.specs}
         arms = resolve_qat([arm for group in named.values() for arm in group], common)
     else:
         named = {}

@@ -56,6 +56,7 @@ from pyquant.integrations.trainer import optimizer_class
 from pyquant.nn import FakeQuantLinear
 from pyquant.nn.swap import matches
 from pyquant.quantizers import LSQ
+from pyquant.recipes.clip import clip_gradients
 from pyquant.recipes.kd_loss import Distillation, KDLoss
 from pyquant.recipes.kd_qat import parameter_groups, set_up
 from pyquant.recipes.kd_settings import KDConfig
@@ -135,7 +136,7 @@ def measure(name: str, teacher: nn.Module, checkpointing: bool, args: argparse.N
             optimizer.zero_grad(set_to_none=True)
             loss, _ = objective(ids)
             loss.backward()
-            nn.utils.clip_grad_norm_(params, 1.0, foreach=device == "cuda")
+            clip_gradients(params, 1.0)
             optimizer.step()
             return loss.detach()
 

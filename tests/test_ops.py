@@ -366,3 +366,21 @@ def test_fake_quant_equals_dequantized_codes(backend):
     tiled = int4.tile_scale(scale, 256, 64), int4.tile_scale(zero.to(torch.uint8), 256, 64)
     deployed = ops.dequantize_int4(qweight, *tiled, 65, 256, 64, torch.bfloat16)
     assert torch.equal(ops.fake_quant(w, scale, zero, 64, 4), deployed)
+
+
+def test_fake_quant_with_and_without_the_dispatcher():
+    """Ordinary tensors go past torch's dispatcher; the results are the same, and so are the refusals, each time."""
+    torch.manual_seed(0)
+    w, scale, grad = torch.randn(6, 32), torch.rand(6, 2) + 0.5, torch.randn(6, 32)
+    results = []
+    for run in (ops.fake_quant, torch.ops.pyquant.fake_quant.default):
+        leaves = w.clone().requires_grad_(), scale.clone().requires_grad_()
+        out = run(*leaves, None, 16, 4, 0.3)
+        out.backward(grad)
+        results.append((out.detach(), *[leaf.grad for leaf in leaves]))
+    assert type(ops.fake_quant(*leaves, None, 16, 4).grad_fn).__name__ == "_PlainBackward"
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bits=9 must be between 2 and 8"):
+            ops.fake_quant(*leaves, None, 16, 9)

@@ -27,10 +27,11 @@ from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.trainer import train_kd
 from pyquant.nn import FakeQuantLinear, QLinear
 from pyquant.quantizers import LSQ
+from pyquant.recipes.clip import clip_gradients
 from pyquant.recipes.kd_loss import KDLoss
 from pyquant.recipes.kd_qat import convert
 from pyquant.recipes.kd_settings import SCHEDULES, KDConfig
-from pyquant.recipes.qat_loop import Teaching, data_order, train
+from pyquant.recipes.qat_loop import Teaching, data_order, fused_norms, train
 
 SPEC = QuantSpec(3, 32)
 CONFIG = KDConfig(steps=8, batch_size=3, seq_len=16, grad_accum=2, lr=2e-3, scale_lr=1e-3, warmup_steps=2)
@@ -135,9 +136,56 @@ def test_unmasked_attention_is_causal_attention():
     assert torch.allclose(probe_logits(model, some_tokens()), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_norms_that_are_others_stay(monkeypatch):
+    class OnePlus(torch.nn.Module):  # as Gemma's: the weight is what is added to 1
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.zeros(64)), 1e-5
+
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, (64,), 1 + self.weight, self.eps)
+
+    model = tiny_llama()
+    expected = probe_logits(model, some_tokens())
+    norms = [m for m in model.modules() if hasattr(m, "variance_epsilon")]
+    calls = []
+    real = torch.nn.functional.rms_norm
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda *a: calls.append(1) or real(*a))
+    with fused_norms(model) as count:
+        calls.clear()
+        assert count == len(norms) > 2
+        assert torch.allclose(probe_logits(model, some_tokens()), expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == count
+    calls.clear()
+    assert torch.equal(probe_logits(model, some_tokens()), expected)
+    assert not calls
+    with fused_norms(torch.nn.Sequential(OnePlus())) as count:
+        assert count == 0
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_clipping_of_mixed_dtypes(max_norm):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.zeros(n, dtype=d) for n, d in ((50, torch.bfloat16), (30, torch.float32), (7, torch.bfloat16))]
+    unused = torch.zeros(3)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    before = [p.grad.float().clone() for p in params]
+    norm = sum(float(g.square().sum()) for g in before) ** 0.5
+    assert float(clip_gradients([*params, unused], max_norm)) == pytest.approx(
+        norm, rel=2**-8
+    )  # norms of bf16 are bf16
+    for p, old in zip(params, before, strict=True):
+        assert p.grad.dtype == p.dtype
+        # the factor and the product are rounded to the dtype
+        assert torch.allclose(p.grad.float(), old * min(1.0, max_norm / norm), rtol=2**-6)
+    assert unused.grad is None
+
+
 def bench() -> QATBench:
     texts = {"a": learnable_tokens(6, 16, 5), "b": some_tokens(4, 16)}
-    return QATBench(tiny_llama(), learnable_tokens(), texts, {str(SPEC): {"lr": 3e-3, "scale_lr": 1e-3}})
+    rates = {"lr": 3e-3, "scale_lr": 1e-3}
+    return QATBench(tiny_llama(), learnable_tokens(), texts, {str(SPEC): {"ce": rates, "kl": rates, "kl+ce": rates}})
 
 
 def test_the_grid(tmp_path):

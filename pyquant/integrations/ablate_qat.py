@@ -81,6 +81,16 @@ def config_of(fields: dict[str, Any], seed: int = 0) -> KDConfig:
     return KDConfig(**own, loss=KDLoss(**parts["loss"]), soft=soft, seed=seed)
 
 
+def teaching_of(fields: dict[str, Any]) -> str:
+    """What an arm learns from: ``control`` (labels, without quantization), ``ce`` (labels), ``kl`` (the teacher alone), or
+    ``kl+ce``. Learning rates are chosen for each, since labels of little text are learned by heart at rates that a
+    teacher's distributions still gain from."""
+    if fields.get("quantizer") == "none":
+        return "control"
+    loss = config_of({k: v for k, v in fields.items() if k.startswith("loss.")}).loss
+    return "ce" if not loss.needs_teacher else "kl+ce" if loss.ce else "kl"
+
+
 def resolve_qat(arms: list[str], common: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Arms by name or definition to their settings, ``common`` ones beneath what each says itself.
 
@@ -124,7 +134,7 @@ class QATBench:
         model: a causal LM in fp32, in eval mode, on its device: the teacher, and where each student starts.
         tokens: all training windows, int64 ``[n, T]``.
         texts: name -> windows to measure.
-        rates: of a format, settings beneath those of an arm (learning rates).
+        rates: format -> :func:`teaching_of` -> settings beneath those of an arm (learning rates).
         scale_dtype: what scales and all unquantized values are rounded to before measuring.
         share: keep the teacher's hidden states of all windows.
     """
@@ -134,7 +144,7 @@ class QATBench:
         model: nn.Module,
         tokens: Tensor,
         texts: dict[str, Tensor],
-        rates: dict[str, dict[str, Any]] | None = None,
+        rates: dict[str, dict[str, dict[str, Any]]] | None = None,
         scale_dtype: torch.dtype = torch.bfloat16,
         share: bool = True,
     ) -> None:
@@ -151,7 +161,8 @@ class QATBench:
 
     def settings(self, fields: dict[str, Any], spec: QuantSpec, seed: int) -> KDConfig:
         """The complete settings of a run."""
-        return config_of({"seq_len": self.tokens.shape[1], **self.rates.get(str(spec), {}), **fields}, seed)
+        rates = self.rates.get(str(spec), {}).get(teaching_of(fields), {})
+        return config_of({"seq_len": self.tokens.shape[1], **rates, **fields}, seed)
 
     def run(self, fields: dict[str, Any], spec: QuantSpec, seed: int) -> dict[str, Any]:
         """One arm: train a copy of the model, convert it, and measure what would be stored.

@@ -37,6 +37,7 @@ from pyquant.formats.spec import QuantSpec
 from pyquant.integrations import resume as disk
 from pyquant.nn import reuse_fake_quant
 from pyquant.nn.linear import FakeQuantLinear
+from pyquant.recipes.clip import clip_gradients
 from pyquant.recipes.kd_loss import Distillation
 from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
 from pyquant.recipes.kd_settings import KDConfig
@@ -344,6 +345,9 @@ class _KDTrainer(Trainer):
                 return loss
         self.reuse = None
         return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return clip_gradients(model.parameters(), self.args.max_grad_norm)
 
     # The Trainer's own checkpoints are pickles; these four hooks write and read ours instead.
 

@@ -52,6 +52,20 @@ def _fake_quant_fake(
     return w.new_empty(w.shape)
 
 
+_passed: set[tuple[Any, ...]] = set()  # what the checks above depend on, of calls that they let through
+
+
+def _output(w: Tensor, scale: Tensor, zero: Tensor | None, *how: Any) -> Tensor:
+    """:func:`_fake_quant_fake` for real tensors; the checks, most of a call's time on the host, once for calls alike."""
+    key = (*((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in (w, scale, zero, *how)),)
+    if key in _passed:
+        return torch.empty_like(w, memory_format=torch.contiguous_format)
+    out = _fake_quant_fake(w, scale, zero, *how)
+    if len(_passed) < 4096:
+        _passed.add(key)
+    return out
+
+
 def _backward_fake(
     grad: Tensor,
     w: Tensor,
@@ -62,10 +76,15 @@ def _backward_fake(
     grad_scale: float,
     *soft: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _fake_quant_fake(w, scale, zero, group_size, bits, grad_scale, *soft)
-    check(grad.shape == w.shape, f"fake_quant: gradient {tuple(grad.shape)} does not match w {tuple(w.shape)}")
+    return _gradients(_fake_quant_fake(w, scale, zero, group_size, bits, grad_scale, *soft), grad, scale, zero)
+
+
+def _gradients(dw: Tensor, grad: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of w (given), scale and zero."""
+    if grad.shape != dw.shape:
+        check(False, f"fake_quant: gradient {tuple(grad.shape)} does not match w {tuple(dw.shape)}")
     dzero = scale.new_empty(0) if zero is None else zero.new_empty(zero.shape)
-    return w.new_empty(w.shape), scale.new_empty(scale.shape), dzero
+    return dw, scale.new_empty(scale.shape), dzero
 
 
 # ------------------------------------------------------------------------------------------------ backends
@@ -93,7 +112,7 @@ def _surrogate(
 def _forward_cuda(
     w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int, grad_scale: float = 1.0, *soft: Any
 ) -> Tensor:
-    out = _fake_quant_fake(w, scale, zero, group_size, bits, grad_scale, *soft)
+    out = _output(w, scale, zero, group_size, bits, grad_scale, *soft)
     w, scale, zero = _rows(w), _f32(scale), _f32(zero)
     extension().fake_quant(
         w.data_ptr(), dtype_code(w.dtype), w.stride(0), scale.data_ptr(), pointer(zero),
@@ -105,7 +124,7 @@ def _forward_cuda(
 def _forward_triton(
     w: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, bits: int, grad_scale: float = 1.0, *soft: Any
 ) -> Tensor:
-    out = _fake_quant_fake(w, scale, zero, group_size, bits, grad_scale, *soft)
+    out = _output(w, scale, zero, group_size, bits, grad_scale, *soft)
     kernels("fake_quant").fake_quant(out, w, scale, zero, group_size, bits, *soft)
     return out
 
@@ -128,7 +147,7 @@ def _backward_cuda(
     grad_scale: float,
     *soft: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dw, dscale, dzero = _backward_fake(grad, w, scale, zero, group_size, bits, grad_scale, *soft)
+    dw, dscale, dzero = _gradients(_output(w, scale, zero, group_size, bits, grad_scale, *soft), grad, scale, zero)
     grad, w, scale, zero = _rows(grad.to(w.dtype)), _rows(w), _f32(scale), _f32(zero)
     wide_dscale, wide_dzero = dscale.float(), dzero.float()
     extension().fake_quant_backward(
@@ -149,7 +168,7 @@ def _backward_triton(
     grad_scale: float,
     *soft: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dw, dscale, dzero = _backward_fake(grad, w, scale, zero, group_size, bits, grad_scale, *soft)
+    dw, dscale, dzero = _gradients(_output(w, scale, zero, group_size, bits, grad_scale, *soft), grad, scale, zero)
     kernels("fake_quant").fake_quant_backward(
         dw, dscale, None if zero is None else dzero, grad, w, scale, zero, group_size, bits, grad_scale, *soft
     )
@@ -194,9 +213,9 @@ def _setup(ctx, inputs, output) -> None:
 def _grad(ctx, grad: Tensor):
     w, scale, zero, temperature = ctx.saved_tensors
     group_size, bits, grad_scale, rounding, clamp, beta, soft_forward = ctx.how
-    dw, dscale, dzero = _fake_quant_backward.overload(
-        grad, w, scale, zero, group_size, bits, grad_scale, rounding, clamp, temperature, beta, soft_forward
-    )
+    how = (grad, w, scale, zero, group_size, bits, grad_scale, rounding, clamp, temperature, beta, soft_forward)
+    run = _fake_quant_backward.overload if needs_torch(grad, w, scale, zero) else _fake_quant_backward.call
+    dw, dscale, dzero = run(*how)
     return (dw, dscale, None if zero is None else dzero, *[None] * 8)
 
 
@@ -211,6 +230,18 @@ _fake_quant = define(
     backward=_grad,
     setup_context=_setup,
 )
+
+
+class _Plain(torch.autograd.Function):
+    """The op and its gradient for ordinary tensors, past the dispatcher: half of the host's time, which a training step of
+    many layers waits for."""
+
+    @staticmethod
+    def forward(ctx, *how: Any) -> Tensor:
+        _setup(ctx, how, None)
+        return _fake_quant.call(*how)
+
+    backward = staticmethod(_grad)
 
 
 def fake_quant(
@@ -267,6 +298,9 @@ def fake_quant(
         check(temperature > 0, f"fake_quant: temperature={temperature} must be positive")
         temperature = torch.full((), float(temperature), dtype=torch.float32, device=w.device)
     how = (w, scale, zero, group_size, bits, grad_scale, rounding, clamp, temperature, beta, soft_forward)
-    if needs_torch(w, scale, zero):
-        return _fake_quant.overload(*how)
-    return _fake_quant.call(*how)
+    if not needs_torch(w, scale, zero):
+        return _fake_quant.call(*how)
+    plain = not torch.compiler.is_compiling() and all(
+        t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (w, scale, zero)
+    )
+    return _Plain.apply(*how) if plain else _fake_quant.overload(*how)
