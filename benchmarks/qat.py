@@ -42,9 +42,9 @@ DEFAULT_ARMS = (
 )  # fmt: skip
 # Learning rates by bits and by what an arm learns from; chosen with --tune. --rates takes them from such a run instead.
 RATES: dict[int, dict[str, float]] = {
-    4: {"control": 1e-5, "ce": 2.5e-5, "kl+ce": 5e-5, "kl": 2e-4},
+    4: {"control": 2.5e-5, "ce": 2.5e-5, "kl+ce": 1e-4, "kl": 2e-4},
     3: {"ce": 1e-4, "kl+ce": 2e-4, "kl": 2e-4},
-    2: {"ce": 4e-4, "kl+ce": 4e-4, "kl": 4e-4},
+    2: {"ce": 1e-4, "kl+ce": 2e-4, "kl": 4e-4},
 }
 
 # What --tune runs for each format: rates of weights and scales for each kind of arm.

@@ -63,7 +63,7 @@ def linear() -> str:
 
 def fake_quant() -> str:
     """Microseconds of fake_quant beside torch.compile and torch eager, a row a mode, direction and shape."""
-    found = _load(next(p for p in (f"{gpu}/fake_quant.json" for gpu in ("h200", "h100")) if (RESULTS / p).is_file()))
+    found = _load("h200/fake_quant.json")
     cells: dict[tuple, dict[str, dict]] = {}
     for row in found["rows"]:
         cells.setdefault((row.get("mode", "LSQ"), row["op"], row["N"], row["K"], row["group"]), {})[row["impl"]] = row
@@ -107,9 +107,9 @@ def distill(found: dict | None = None) -> str:
     return _about(found["meta"]) + "\n\n" + _table(head, rows)
 
 
-def accuracy(name: str = "h200/accuracy.json") -> str:
-    """Perplexities before and after, from the reports of ``pyquant quantize``."""
-    found = _load(name)
+def ptq() -> str:
+    """Perplexities before and after post-training quantization, from the reports of ``pyquant quantize``."""
+    found = _load("cpu/ptq.json")
     texts = found["meta"]["texts"]
     rows = [
         [
@@ -120,11 +120,6 @@ def accuracy(name: str = "h200/accuracy.json") -> str:
     ]
     about = f"{found['meta']['about']} {found['meta']['gpu']}, commit {found['meta']['commit'][:12]}."
     return about + "\n\n" + _table(["recipe", *texts], rows)
-
-
-def ptq() -> str:
-    """The same for post-training quantization on a CPU."""
-    return accuracy("cpu/ptq.json")
 
 
 def end_to_end(found: dict | None = None) -> str:
@@ -185,7 +180,7 @@ _FORMATS += ["W2 g64 symmetric", "W2 g64 asymmetric"]
 
 def _measured(name: str) -> dict:
     """A file of results by its GPU where it was measured on one, else by the CPU."""
-    return _load(next(p for p in (f"h200/{name}.json", f"cpu/{name}.json") if (RESULTS / p).is_file()))
+    return _load(next(p for p in (f"{on}/{name}.json" for on in ("h200", "h100", "cpu")) if (RESULTS / p).is_file()))
 
 
 def signals() -> str:
@@ -280,7 +275,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear,
     "fake_quant": fake_quant,
     "distill": distill,
-    "accuracy": accuracy,
     "ptq": ptq,
     "end_to_end": end_to_end,
     "signals": signals,
@@ -289,7 +283,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": tasks,
 }
 TABLES |= {
-    "qat": lambda: _from(qat_table(_load("h200/qat.json"))),
+    "qat": lambda: _from(qat_table(_measured("qat"))),
     "qat_large": lambda: _from(large_table(_load("h200/qat_large.json"))),
 }
 TABLES |= {"arms_28m": partial(arms, "classics-llama-28m"), "arms_260k": partial(arms, "stories260K")}

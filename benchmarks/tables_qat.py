@@ -7,7 +7,16 @@ from typing import Any
 from pyquant.integrations.spread import summary
 
 TEXTS = ("books", "wikitext2", "tinystories")
-FORMATS = ("not quantized", "W4 per channel", "W4 g128", "W3 per channel", "W3 g128", "W2 g64", "W2 per channel")
+FORMATS = (
+    "not quantized",
+    "W4 per channel",
+    "W4 g128",
+    "W3 per channel",
+    "W3 g128",
+    "W2 g64",
+    "W2 g128",
+    "W2 per channel",
+)
 NAMES = {
     "rtn": "RTN, MSE clip", "control": "control: trained without quantization", "qat-ce": "QAT: CE, STE, hard clamp",
     "kd": "KD-QAT: KL + CE", "kd-pure": "KD-QAT: KL alone", "kd-ov": "KD-QAT: KL + CE, ov-freeze",
@@ -31,22 +40,25 @@ def qat_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
         arm = names.index(row["arm"]) if row["arm"] in NAMES else len(names)
         return FORMATS.index(row["spec"].removesuffix(" symmetric")), arm
 
-    cells = [["full precision", "", *(f"{full[t]:.2f}" for t in TEXTS), f"{100 * (full['books'] / bar - 1):+.1f} %"]]
+    cells = [
+        ["full precision", "", "", *(f"{full[t]:.2f}" for t in TEXTS), f"{100 * (full['books'] / bar - 1):+.1f} %"]
+    ]
     for row in sorted(rows, key=place):
         values = []
         for text in TEXTS:
             mean, sd = row["texts"][text]["mean"], row["texts"][text]["sd"]
             values.append(f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}")
         over = f"{100 * (row['texts']['books']['mean'] / bar - 1):+.1f} %"
-        cells.append([row["spec"].removesuffix(" symmetric"), NAMES.get(row["arm"], row["arm"]), *values, over])
+        arm = NAMES.get(row["arm"], row["arm"])
+        cells.append([row["spec"].removesuffix(" symmetric"), arm, str(row["seeds"]), *values, over])
     tokens = meta["tokens_a_step"]
     about = (
         f"{meta['model']}: {meta['steps']:,} steps of {tokens:,} tokens of other books, {meta['eval_windows']} windows of "
-        f"each text, perplexity, mean ± standard deviation over {max(r['seeds'] for r in rows)} seed(s); symmetric, "
+        f"each text, perplexity, mean ± standard deviation over seeds where there are several; symmetric, "
         f"embeddings and head in 16 bits; the last column is books over the better of full precision and the control. "
         f"{meta['gpu']}, commit {meta['commit'][:12]}."
     )
-    return about, ["format", "arm", *TEXTS, "books, over"], cells
+    return about, ["format", "arm", "seeds", *TEXTS, "books, over"], cells
 
 
 def large_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
