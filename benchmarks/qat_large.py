@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import os
 import time
@@ -111,14 +112,16 @@ def build(shape: str, device: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def measure(name: str, teacher: nn.Module, checkpointing: bool, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, teacher: nn.Module, checkpointing: bool, capture: bool, args: argparse.Namespace
+) -> dict[str, Any]:
     """One row: milliseconds a step, tokens a second, the peak of GPU memory; or what was in the way."""
     device = args.device
     config = KDConfig(
         loss=KDLoss(), lr=1e-6, scale_lr=1e-6, seq_len=args.length, weights="bf16", optim="adamw_torch",
         gradient_checkpointing=checkpointing, fused_loss=None if args.fused else False, rule=args.rule,
     )  # fmt: skip
-    row: dict[str, Any] = {"variant": name, "checkpointing": checkpointing}
+    row: dict[str, Any] = {"variant": name, "checkpointing": checkpointing, "captured": capture}
     vocabulary = teacher.config.vocab_size  # type: ignore[union-attr]
     draw = torch.Generator().manual_seed(1)
     batches = torch.randint(0, vocabulary, (args.warmup + args.steps, 1, args.length), generator=draw).to(device)
@@ -129,7 +132,7 @@ def measure(name: str, teacher: nn.Module, checkpointing: bool, args: argparse.N
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         objective = Distillation(student, teacher, config.loss, config.fused_loss)
         groups = parameter_groups(student, config.lr, config.scale_lr)
-        optimizer = make_optimizer(groups, args.optimizer, device)
+        optimizer = make_optimizer(groups, args.optimizer, device, capture)
         params = [p for p in student.parameters() if p.requires_grad]
 
         def step(ids: Tensor) -> Tensor:
@@ -140,24 +143,48 @@ def measure(name: str, teacher: nn.Module, checkpointing: bool, args: argparse.N
             optimizer.step()
             return loss.detach()
 
+        if capture:
+            step = captured(step, batches[0], args.warmup)
         for ids in batches[: args.warmup]:
             step(ids)
         milliseconds, losses = timed(step, batches[args.warmup :], device)
         row |= {"ms": milliseconds, "tokens_s": args.length / milliseconds * 1000, "loss": float(losses[-1])}
         row["fused_loss"] = objective.fused
-    except (ImportError, torch.OutOfMemoryError) as error:
+    except (ImportError, torch.OutOfMemoryError, torch.AcceleratorError) as error:
         row["failed"] = str(error).splitlines()[0]
     if device == "cuda":
         row["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     return row
 
 
-def make_optimizer(groups: list[dict[str, Any]], name: str, device: str) -> torch.optim.Optimizer:
+def make_optimizer(
+    groups: list[dict[str, Any]], name: str, device: str, capture: bool = False
+) -> torch.optim.Optimizer:
     """``bf16``: AdamW whose moments have the dtype of the weights; others by transformers' names, with fp32 copies."""
     if name == "bf16":
-        return torch.optim.AdamW(groups, fused=device == "cuda")
+        return torch.optim.AdamW(groups, fused=device == "cuda", capturable=capture)
     kind, flags = optimizer_class(KDConfig(weights="bf16", optim=name))
     return kind(groups, **flags)
+
+
+def captured(step: Callable[[Tensor], Tensor], example: Tensor, warmup: int) -> Callable[[Tensor], Tensor]:
+    """The step as one CUDA graph, as :mod:`pyquant.recipes.qat_loop` runs it: the host launches nothing else."""
+    ids, side = example.clone(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            step(ids)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(ids)
+
+    def replay(given: Tensor) -> Tensor:
+        ids.copy_(given)
+        graph.replay()
+        return loss.clone()
+
+    return replay
 
 
 def timed(step: Callable[[Tensor], Tensor], batches: Tensor, device: str) -> tuple[float, list[Tensor]]:
@@ -186,6 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--optimizer", choices=("bf16", "adamw_8bit", "adamw_torch_8bit"), default="bf16")
     parser.add_argument("--rule", choices=("minmax", "mse"), default="minmax", help="minmax sets up faster")
+    parser.add_argument("--capture", choices=("off", "on", "both"), default="off", help="each step one CUDA graph")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="the fused loss")
     parser.add_argument("--commit", help="of the working tree, where git does not know it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -199,21 +227,22 @@ def main() -> None:
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for checkpointing in {"off": [False], "on": [True], "both": [False, True]}[args.checkpointing]:
-        for name in args.variants:
-            if name == "eager" and not checkpointing and args.shape == "8b":
-                continue  # several times 28 GB of saved tensors: known not to fit
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            row = measure(name, teacher, checkpointing, args)
-            base = next((r for r in rows if r["variant"] == "none" and r["checkpointing"] == checkpointing), {})
-            if "ms" in row and "ms" in base:
-                row["over_none"] = row["ms"] / base["ms"]
-            rows.append(row)
-            write_atomic(args.out, json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
-            print(json.dumps(row), flush=True)
+    ways = {"off": [False], "on": [True], "both": [False, True]}
+    for checkpointing, capture, name in itertools.product(ways[args.checkpointing], ways[args.capture], args.variants):
+        if name == "eager" and not checkpointing and args.shape == "8b":
+            continue  # several times 28 GB of saved tensors: known not to fit
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        row = measure(name, teacher, checkpointing, capture, args)
+        alike = {"variant": "none", "checkpointing": checkpointing, "captured": capture}
+        base = next((r for r in rows if alike.items() <= r.items()), {})
+        if "ms" in row and "ms" in base:
+            row["over_none"] = row["ms"] / base["ms"]
+        rows.append(row)
+        write_atomic(args.out, json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+        print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,11 @@ def large_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]
             values = [f"{row['ms']:.1f}", f"{row['tokens_s']:,.0f}", f"{row['peak_gib']:.1f}", over]
         else:
             values = ["out of memory" if "memory" in row["failed"] else "not installed", "-", "-", "-"]
-        cells.append([row["variant"], "on" if row["checkpointing"] else "off", *values])
+        launched = "one graph" if row.get("captured") else "kernel by kernel"
+        cells.append([row["variant"], "on" if row["checkpointing"] else "off", launched, *values])
     about = (
         f"{meta['parameters'] / 1e9:.2f} B parameters, {meta['length']:,} tokens, teacher and student resident, bf16 "
         f"weights, AdamW with {'bf16' if meta['optimizer'] == 'bf16' else '8-bit'} moments. {meta['gpu']}, torch "
         f"{meta['torch']}, commit {meta['commit'][:12]}."
     )
-    return about, ["weights", "checkpointing", "ms a step", "tokens/s", "peak GiB", "over none"], cells
+    return about, ["weights", "checkpointing", "launched", "ms a step", "tokens/s", "peak GiB", "over none"], cells
