@@ -85,10 +85,85 @@ struct Segments {
     __device__ int units() const { return length <= 0 ? 0 : prompt_tiles() + pages + window_tiles(); }
 };
 
-// The list of all units: where those of each sequence end.
+// The list of all units: where those of each sequence end. Where a run of kWarps units for every block is enough, heads
+// are padded to whole runs, so that no block has to work on two of them, one after the other.
 struct List {
     int ends[kMaxBatch];
     Segments segments[kMaxBatch];
+    int run;  // what the units of a head are rounded up to: kWarps, or 1
+    __device__ int units(const Segments& s) const { return (s.units() + run - 1) / run * run; }
+
+    // By one warp, the segments being there; how many units there are.
+    __device__ int count(int lane, int batch, int kv_heads, int round_to) {
+        if (lane == 0) run = round_to;
+        __syncwarp();
+        int sum = 0;
+        for (int first = 0; first < batch; first += 32) {
+            const int b = first + lane;
+            int mine = b < batch ? units(segments[b]) * kv_heads : 0;
+#pragma unroll
+            for (int by = 1; by < 32; by *= 2) {
+                const int other = __shfl_up_sync(0xffffffff, mine, by);
+                if (lane >= by) mine += other;
+            }
+            if (b < batch) ends[b] = sum + mine;
+            sum += __shfl_sync(0xffffffff, mine, 31);
+        }
+        return sum;
+    }
+};
+
+// A walk over the run [at, end) of all units, head by head: the units [from, to) of one head, padding from `stop` on.
+struct Walk {
+    int at, end, b, head, from, to, stop;
+
+    __device__ void start(const List& list, int begin, int stop_at, int batch) {
+        at = begin, end = stop_at;
+        int low = 0, high = batch - 1;  // the first sequence whose units end after `begin`
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (list.ends[middle] > begin) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        b = low;
+        enter(list);
+    }
+    __device__ void enter(const List& list) {
+        const int units = list.units(list.segments[b]), within = at - (b ? list.ends[b - 1] : 0);
+        head = within / units;
+        from = within - head * units;
+        cut(list, units);
+    }
+    __device__ void cut(const List& list, int units) {
+        to = min(units, from + end - at);
+        stop = min(to, list.segments[b].units());
+    }
+    // To the next head; false after the last.
+    __device__ bool next(const List& list) {
+        at += to - from;
+        if (at >= end) return false;
+        if (at >= list.ends[b]) {
+            do ++b;
+            while (list.ends[b] <= at);  // sequences without tokens have no units
+            enter(list);
+        } else {
+            ++head;
+            from = 0;
+            cut(list, list.units(list.segments[b]));
+        }
+        return true;
+    }
+};
+
+// What a warp fetches next, kStages halves ahead of what it works on. One lane keeps it, in shared memory: registers
+// are what limits the warps on a multiprocessor.
+struct Ahead {
+    Walk walk;
+    int unit;
+    bool more, v;
 };
 
 template <typename T, int D, int NT>
@@ -103,57 +178,9 @@ struct Shared {
     } meet[S::kHalf];
     float most[S::kWarps][S::kRows], total[S::kWarps][S::kRows];
     List list;
+    Ahead ahead[S::kWarps];
     uint64_t full[S::kWarps][S::kStages];  // a stage has arrived
     bool last;
-};
-
-// The units [from, to) of one head that are this block's.
-struct Stretch {
-    int b, head, from, to;
-    Segments s;
-};
-
-// Walks over the stretches of the run [begin, end) of all units.
-struct Walk {
-    const List& list;
-    int at, end;
-    Stretch now;
-
-    __device__ Walk(const List& list, int begin, int end, int batch) : list(list), at(begin), end(end) {
-        int low = 0, high = batch - 1;  // the first sequence whose units end after `begin`
-        while (low < high) {
-            const int middle = (low + high) / 2;
-            if (list.ends[middle] > begin) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
-        now.b = low;
-        load();
-    }
-    __device__ void load() {
-        now.s = list.segments[now.b];
-        const int units = now.s.units(), within = at - (now.b ? list.ends[now.b - 1] : 0);
-        now.head = within / units;
-        now.from = within - now.head * units;
-        now.to = min(units, now.from + end - at);
-    }
-    // To the next stretch; false after the last.
-    __device__ bool next() {
-        at += now.to - now.from;
-        if (at >= end) return false;
-        if (at >= list.ends[now.b]) {
-            do ++now.b;
-            while (list.ends[now.b] <= at);  // sequences without tokens have no units
-            load();
-        } else {
-            ++now.head;
-            now.from = 0;
-            now.to = min(now.s.units(), end - at);
-        }
-        return true;
-    }
 };
 
 // A word as the four registers of an A fragment: halves 1 + code / 16 in the first two, 1 + code / 256 in the others.
@@ -222,38 +249,47 @@ struct Warp {
         }
     }
 
-    // Half of a unit to a stage: K, or V.
-    __device__ void fetch(const Stretch& at, int unit, bool v, unsigned char* stage, uint64_t* full) const {
-        const int64_t head = at.head;
-        const int body = unit - at.s.prompt_tiles(), late = body - at.s.pages;
-        const bool page = body >= 0 && late < 0;
-        const unsigned char* from;
-        if (page) {
-            from = call.pages + (v ? S::kKBytes : 0) +
-                   ((at.b * static_cast<int64_t>(call.kv_heads) + head) * call.page_capacity + body) *
-                       (S::kKBytes + S::kVBytes);
-        } else {
-            const int tile = (kPageTokens / kTileTokens * at.s.pages + late) % call.ring_tiles;
-            const T* tiles =
-                body < 0
-                    ? call.prompt + at.b * call.prompt_batch + (head * call.prompt_tiles + unit) * (32 * D)
-                    : call.window +
-                          ((at.b * static_cast<int64_t>(call.kv_heads) + head) * call.ring_tiles + tile) * (32 * D);
-            from = reinterpret_cast<const unsigned char*>(tiles) + (v ? S::kTileBytes : 0);
-        }
-        const int bytes = page ? (v ? S::kVBytes : S::kKBytes) : S::kTileBytes;
-#if __CUDA_ARCH__ >= 900
+    // The next half unit, K or V, to a stage.
+    __device__ void fetch(int warp, int stage) const {
+        const unsigned char* from = nullptr;
+        int bytes = 0;
         if (lane == 0) {
-            ptx::barrier_expect(full, bytes);
-            ptx::copy_bulk(stage, from, bytes, full);
-        }
-#else
-#pragma unroll
-        for (int i = 0; i < S::kStageBytes; i += 512) {
-            if (i + 512 <= S::kTileBytes || i + 16 * lane < bytes) {
-                ptx::copy_async<16>(stage + i + 16 * lane, from + i + 16 * lane);
+            Ahead& ahead = shared.ahead[warp];
+            while (ahead.more && ahead.unit >= ahead.walk.stop) {
+                ahead.more = ahead.walk.next(shared.list);
+                ahead.unit = ahead.walk.from + warp;
+            }
+            if (ahead.more) {
+                const Segments s = shared.list.segments[ahead.walk.b];
+                const int64_t b = ahead.walk.b, head = ahead.walk.head, of_all = b * call.kv_heads + head;
+                const int body = ahead.unit - s.prompt_tiles(), late = body - s.pages;
+                const bool v = ahead.v;
+                if (body >= 0 && late < 0) {
+                    from = call.pages + (v ? S::kKBytes : 0) +
+                           (of_all * call.page_capacity + body) * (S::kKBytes + S::kVBytes);
+                    bytes = v ? S::kVBytes : S::kKBytes;
+                } else {
+                    const int tile = (kPageTokens / kTileTokens * s.pages + late) % call.ring_tiles;
+                    const T* tiles = body < 0 ? call.prompt + b * call.prompt_batch +
+                                                    (head * call.prompt_tiles + ahead.unit) * (32 * D)
+                                              : call.window + (of_all * call.ring_tiles + tile) * (32 * D);
+                    from = reinterpret_cast<const unsigned char*>(tiles) + (v ? S::kTileBytes : 0);
+                    bytes = S::kTileBytes;
+                }
+                if (v) ahead.unit += S::kWarps;
+                ahead.v = !v;
+#if __CUDA_ARCH__ >= 900
+                ptx::barrier_expect(&shared.full[warp][stage], bytes);
+                ptx::copy_bulk(shared.ring[warp][stage], from, bytes, &shared.full[warp][stage]);
+#endif
             }
         }
+#if __CUDA_ARCH__ < 900
+        from = reinterpret_cast<const unsigned char*>(
+            __shfl_sync(0xffffffff, reinterpret_cast<unsigned long long>(from), 0));
+        bytes = __shfl_sync(0xffffffff, bytes, 0);
+        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async<16>(shared.ring[warp][stage] + i, from + i);
+        ptx::copy_async_commit();
 #endif
     }
 
@@ -555,8 +591,86 @@ __device__ __forceinline__ int block_of(int unit, int blocks, int units) {
     return static_cast<int>((static_cast<int64_t>(unit + 1) * blocks - 1) / units);
 }
 
+// Output of a row from the sum of its weighted values, the sum of weights and the largest score.
+template <typename T, int D>
+__device__ __forceinline__ void write_out(const Call<T>& call, int b, int head, int row, int d, const float4& sum,
+                                          float weight, float most) {
+    const int group = call.heads / call.kv_heads;
+    const int64_t to = (static_cast<int64_t>(b) * call.tokens + row / group) * call.heads + head * group + row % group;
+    const float by = weight > 0.0f ? 1.0f / (kPGain * weight) : 0.0f;
+    *reinterpret_cast<uint2*>(call.out + to * D + d) =
+        make_uint2(pack2(by * sum.x, by * sum.y, T{}), pack2(by * sum.z, by * sum.w, T{}));
+    if (d == 0 && call.lse) call.lse[to] = (most + log2f(weight)) * 0.6931471805599453f;
+}
+
+// The parts of `count` blocks from `first_block` on, added up by the last of them to arrive; the first block's part
+// lies `skip` further. A function of its own, so that its registers are not those of the loop over units.
 template <typename T, int D, int NT>
-__global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks) attention_kv4_kernel(Call<T> call) {
+__device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT>& shared, int first_block, int count,
+                                    int64_t skip, int b, int head) {
+    using S = Shape<D, NT>;
+    constexpr int kThreads = S::kThreads;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = call.heads / call.kv_heads * call.tokens;
+    const auto part_of = [&](int other) {
+        return call.parts + static_cast<int64_t>(first_block + other) * 2 * S::kPart + (other ? 0 : skip);
+    };
+    auto* const factors = reinterpret_cast<float (*)[S::kRows]>(shared.meet);
+    for (int row = warp; row < rows; row += S::kWarps) {
+        const auto of = [&](int other) {
+            return __ldcg(reinterpret_cast<const float2*>(part_of(other) + S::kRows * D + 2 * row));
+        };
+        float highest = kNothing, weight = 0.0f;
+        for (int other = lane; other < count; other += 32) highest = fmaxf(highest, of(other).x);
+#pragma unroll
+        for (int by = 16; by > 0; by /= 2) {
+            highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, by));
+        }
+        for (int other = lane; other < count; other += 32) {
+            const float2 part = of(other);
+            factors[other][row] = ptx::exp2_approx(part.x - highest);
+            weight += factors[other][row] * part.y;
+        }
+        weight = sum_lanes<32>(weight);
+        if (lane == 0) shared.most[0][row] = highest, shared.total[0][row] = weight;
+    }
+    __syncthreads();
+    // Neighbouring threads share the parts of one place of the output.
+    const int items = rows * (D / 4);
+    int ways = 1;
+    while (2 * ways * items <= kThreads && ways < 32) ways *= 2;
+    const int way = threadIdx.x % ways;
+    for (int first = 0; first < items; first += kThreads / ways) {
+        const int i = first + threadIdx.x / ways;
+        const int row = min(i, items - 1) / (D / 4), d = i % (D / 4) * 4;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        constexpr int kAtOnce = 8;
+        for (int from = way; from < count; from += kAtOnce * ways) {
+            float4 v[kAtOnce];
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) {
+                const int other = min(from + u * ways, count - 1);
+                v[u] = __ldcg(reinterpret_cast<const float4*>(part_of(other) + row * D + d));
+            }
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) {
+                const int other = from + u * ways;
+                if (other < count) add(sum, factors[other][row], v[u]);
+            }
+        }
+        for (int by = 1; by < ways; by *= 2) {
+            sum.x += __shfl_xor_sync(0xffffffff, sum.x, by);
+            sum.y += __shfl_xor_sync(0xffffffff, sum.y, by);
+            sum.z += __shfl_xor_sync(0xffffffff, sum.z, by);
+            sum.w += __shfl_xor_sync(0xffffffff, sum.w, by);
+        }
+        if (way == 0 && i < items)
+            write_out<T, D>(call, b, head, row, d, sum, shared.total[0][row], shared.most[0][row]);
+    }
+}
+
+template <typename T, int D, int NT>
+__global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
+    attention_kv4_kernel(const __grid_constant__ Call<T> call) {
     using S = Shape<D, NT>;
     constexpr int kThreads = S::kThreads;
     extern __shared__ __align__(16) unsigned char memory[];
@@ -567,24 +681,13 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
     if (!call.early) ptx::wait_for_predecessor();
 
     if (warp == 0) {
-        int sum = 0;
-        for (int first = 0; first < call.batch; first += 32) {
-            const int b = first + lane;
-            int units = 0;
-            if (b < call.batch) {
-                const int* from = call.segments + 3 * b;
-                const Segments s{ptx::load_int(from), ptx::load_int(from + 1), ptx::load_int(from + 2)};
-                shared.list.segments[b] = s;
-                units = s.units() * call.kv_heads;
-            }
-#pragma unroll
-            for (int by = 1; by < 32; by *= 2) {
-                const int other = __shfl_up_sync(0xffffffff, units, by);
-                if (lane >= by) units += other;
-            }
-            if (b < call.batch) shared.list.ends[b] = sum + units;
-            sum += __shfl_sync(0xffffffff, units, 31);
+        for (int b = lane; b < call.batch; b += 32) {
+            const int* from = call.segments + 3 * b;
+            shared.list.segments[b] = {ptx::load_int(from), ptx::load_int(from + 1), ptx::load_int(from + 2)};
         }
+        __syncwarp();
+        const int padded = shared.list.count(lane, call.batch, call.kv_heads, S::kWarps);
+        if (padded > static_cast<int>(gridDim.x) * S::kWarps) shared.list.count(lane, call.batch, call.kv_heads, 1);
     }
     __syncthreads();
     const int units = shared.list.ends[call.batch - 1];
@@ -607,24 +710,9 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
     const int begin = run_begin(block, blocks, units), end = run_begin(block + 1, blocks, units);
 
     Warp<T, D, NT> mine{call, shared, lane, lane / 4, lane % 4};
-    // The fetching cursor runs kStages halves ahead of the working one, over the same units.
-    Walk ahead(shared.list, begin, end, call.batch), walk = ahead;
-    int ahead_unit = ahead.now.from + warp;
-    bool more = true, ahead_v = false;
-    const auto fetch = [&](int stage) {
-        while (more && ahead_unit >= ahead.now.to) {
-            more = ahead.next();
-            ahead_unit = ahead.now.from + warp;
-        }
-        if (more) {
-            mine.fetch(ahead.now, ahead_unit, ahead_v, shared.ring[warp][stage], &shared.full[warp][stage]);
-            if (ahead_v) ahead_unit += S::kWarps;
-            ahead_v = !ahead_v;
-        }
-#if __CUDA_ARCH__ < 900
-        ptx::copy_async_commit();
-#endif
-    };
+    Walk walk;
+    walk.start(shared.list, begin, end, call.batch);
+    if (lane == 0) shared.ahead[warp] = {walk, walk.from + warp, true, false};
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         for (int i = 0; i < S::kStages; ++i) ptx::barrier_init(&shared.full[warp][i], 1);
@@ -632,7 +720,7 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
     }
     __syncwarp();
 #endif
-    for (int stage = 0; stage < S::kStages; ++stage) fetch(stage);
+    for (int stage = 0; stage < S::kStages; ++stage) mine.fetch(warp, stage);
     if (call.early) ptx::wait_for_predecessor();
 
     const Expand expand;
@@ -640,13 +728,12 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
     uint32_t parity = 0;
     bool again;
     do {
-        const Stretch now = walk.now;
         for (int i = threadIdx.x; i < NT * S::kPieces * 32; i += kThreads) {
             const int l = i % 32, j = i / 32 % S::kPieces, n = i / (32 * S::kPieces), row = 8 * n + l / 4;
             uint32_t v[2] = {};
             if (row < rows) {
-                const T* from = call.q + now.b * call.q_batch + row / group * call.q_token +
-                                static_cast<int64_t>(now.head * group + row % group) * D + 16 * j + 2 * (l % 4);
+                const T* from = call.q + walk.b * call.q_batch + row / group * call.q_token +
+                                static_cast<int64_t>(walk.head * group + row % group) * D + 16 * j + 2 * (l % 4);
                 v[0] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from)));
                 v[1] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from + 8)));
             }
@@ -659,7 +746,7 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
         __syncthreads();
 
         mine.reset();
-        for (int unit = now.from + warp; unit < now.to; unit += S::kWarps) {
+        for (int unit = walk.from + warp; unit < walk.stop; unit += S::kWarps) {
             const auto arrived = [&] {
 #if __CUDA_ARCH__ >= 900
                 ptx::barrier_wait(&shared.full[warp][stage], parity);
@@ -671,7 +758,7 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
             };
             const auto done = [&] {  // the stage is read by all lanes
                 __syncwarp();
-                fetch(stage);
+                mine.fetch(warp, stage);
                 if (++stage == S::kStages) stage = 0, parity ^= 1;
             };
             const unsigned char* const keys = arrived();
@@ -679,12 +766,13 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
                 done();
                 return arrived();
             };
-            const int body = unit - now.s.prompt_tiles(), late = body - now.s.pages;
+            const Segments of = shared.list.segments[walk.b];
+            const int body = unit - of.prompt_tiles(), late = body - of.pages;
             if (body >= 0 && late < 0) {
-                mine.page(keys, next, now.s.prompt + kPageTokens * body, now.s.length, expand);
+                mine.page(keys, next, of.prompt + kPageTokens * body, of.length, expand);
             } else {
-                const int position = body < 0 ? kTileTokens * unit : now.s.window_start() + kTileTokens * late;
-                mine.tile(keys, next, position, now.s.length, body < 0 ? now.s.prompt : now.s.length);
+                const int position = body < 0 ? kTileTokens * unit : of.window_start() + kTileTokens * late;
+                mine.tile(keys, next, position, of.length, body < 0 ? of.prompt : of.length);
             }
             done();
         }
@@ -692,17 +780,9 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
 
         // Which blocks share this head. Only the first of them can have begun its run before the head, and so have left
         // a part of another head too.
-        const int head_units = now.s.units();
-        const int head_begin = (now.b ? shared.list.ends[now.b - 1] : 0) + now.head * head_units;
-        const bool whole = now.from == 0 && now.to == head_units;
-        const int64_t out_first = static_cast<int64_t>(now.b) * call.tokens * call.heads + now.head * group;
-        const auto write = [&](int row, int d, const float4& sum, float weight, float most) {
-            const int64_t to = out_first + static_cast<int64_t>(row / group) * call.heads + row % group;
-            const float by = weight > 0.0f ? 1.0f / (kPGain * weight) : 0.0f;
-            *reinterpret_cast<uint2*>(call.out + to * D + d) =
-                make_uint2(pack2(by * sum.x, by * sum.y, T{}), pack2(by * sum.z, by * sum.w, T{}));
-            if (d == 0 && call.lse) call.lse[to] = (most + log2f(weight)) * 0.6931471805599453f;
-        };
+        const int head_units = shared.list.units(shared.list.segments[walk.b]);
+        const int head_begin = (walk.b ? shared.list.ends[walk.b - 1] : 0) + walk.head * head_units;
+        const bool whole = walk.from == 0 && walk.to == head_units;
         float* const part = call.parts + (static_cast<int64_t>(block) * 2 + (begin >= head_begin ? 0 : 1)) * S::kPart;
         for (int i = threadIdx.x; i < rows * (D / 4); i += kThreads) {
             const int row = i / (D / 4), d = i % (D / 4) * 4;
@@ -718,7 +798,7 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
                 weight += factor * shared.total[w][row];
             }
             if (whole) {
-                write(row, d, sum, weight, highest);
+                write_out<T, D>(call, walk.b, walk.head, row, d, sum, weight, highest);
             } else {
                 *reinterpret_cast<float4*>(part + row * D + d) = sum;
                 if (d == 0) *reinterpret_cast<float2*>(part + S::kRows * D + 2 * row) = make_float2(highest, weight);
@@ -729,45 +809,17 @@ __global__ void __launch_bounds__(Shape<D, NT>::kThreads, Shape<D, NT>::kBlocks)
             const int first_block = block_of(head_begin, blocks, units);
             const int last_block = block_of(head_begin + head_units - 1, blocks, units);
             if (threadIdx.x == 0) {
-                unsigned* counter = call.arrived + now.b * call.kv_heads + now.head;
+                unsigned* counter = call.arrived + walk.b * call.kv_heads + walk.head;
                 shared.last = ptx::count_arrival(counter) == static_cast<unsigned>(last_block - first_block);
                 if (shared.last) *counter = 0;
             }
             __syncthreads();
             if (shared.last) {
-                const float* const parts = call.parts + static_cast<int64_t>(first_block) * 2 * S::kPart;
                 const int64_t skip = run_begin(first_block, blocks, units) >= head_begin ? 0 : S::kPart;
-                for (int i = threadIdx.x; i < rows * (D / 4); i += kThreads) {
-                    const int row = i / (D / 4), d = i % (D / 4) * 4;
-                    float highest = kNothing, weight = 0.0f;
-                    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                    constexpr int kAtOnce = 16;
-                    for (int first = 0; first <= last_block - first_block; first += kAtOnce) {
-                        float4 v[kAtOnce];
-                        float2 of[kAtOnce];
-#pragma unroll
-                        for (int u = 0; u < kAtOnce; ++u) {
-                            const int other = min(first + u, last_block - first_block);
-                            const float* from = parts + static_cast<int64_t>(other) * 2 * S::kPart + (other ? 0 : skip);
-                            v[u] = __ldcg(reinterpret_cast<const float4*>(from + row * D + d));
-                            of[u] = __ldcg(reinterpret_cast<const float2*>(from + S::kRows * D + 2 * row));
-                        }
-#pragma unroll
-                        for (int u = 0; u < kAtOnce; ++u) {
-                            if (first + u > last_block - first_block) break;
-                            const float higher = fmaxf(highest, of[u].x), old = ptx::exp2_approx(highest - higher),
-                                        factor = ptx::exp2_approx(of[u].x - higher);
-                            sum = make_float4(sum.x * old, sum.y * old, sum.z * old, sum.w * old);
-                            add(sum, factor, v[u]);
-                            weight = weight * old + of[u].y * factor;
-                            highest = higher;
-                        }
-                    }
-                    write(row, d, sum, weight, highest);
-                }
+                add_up<T, D, NT>(call, shared, first_block, last_block - first_block + 1, skip, walk.b, walk.head);
             }
         }
-        again = walk.next();
+        again = walk.next(shared.list);
         __syncthreads();  // q and the sums are read
     } while (again);
 }
@@ -778,8 +830,11 @@ void launch(const Call<T>& call, cudaStream_t stream) {
     constexpr auto kernel = attention_kv4_kernel<T, D, NT>;
     allow_shared_memory<kernel>("attention_kv4");
     const Device device = current_device();
-    launch_programmatic("attention_kv4", kernel, dim3(static_cast<unsigned>(device.multiprocessors * S::kBlocks)),
-                        S::kThreads, sizeof(Shared<T, D, NT>), 1, device.major, stream, call);
+    // As many blocks as fit, while the last of a head can hold a factor for each.
+    constexpr int kMostParts = sizeof(Shared<T, D, NT>::meet) / (4 * S::kRows);
+    const int blocks = std::min(device.multiprocessors * S::kBlocks, kMostParts);
+    launch_programmatic("attention_kv4", kernel, dim3(static_cast<unsigned>(blocks)), S::kThreads,
+                        sizeof(Shared<T, D, NT>), 1, device.major, stream, call);
 }
 
 template <typename T, int D>
