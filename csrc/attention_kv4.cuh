@@ -494,19 +494,37 @@ __device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>&
     const auto part_of = [&](int other) {
         return call.parts + static_cast<int64_t>(first_block + other) * 2 * S::kPart + (other ? 0 : skip);
     };
+    // Neighbouring threads share the parts of one place of the output. The first of them are on their way while the
+    // weights of parts are computed.
+    const int items = rows * (D / 4);
+    int ways = 1;
+    while (2 * ways * items <= kThreads && ways < 32) ways *= 2;
+    const int way = threadIdx.x % ways;
+    constexpr int kAtOnce = 12;
+    float4 v[kAtOnce];
+    const auto load = [&](int first, int from) {
+        const int i = min(first + static_cast<int>(threadIdx.x) / ways, items - 1), row = i / (D / 4);
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const float* const part = part_of(min(from + u * ways, count - 1));
+            v[u] = __ldcg(reinterpret_cast<const float4*>(part + row * D + i % (D / 4) * 4));
+        }
+    };
+    load(0, way);
     auto* const factors = reinterpret_cast<float (*)[S::kRows]>(shared.meet);
     for (int row = warp; row < rows; row += S::kWarps) {
         const auto of = [&](int other) {
             return __ldcg(reinterpret_cast<const float2*>(part_of(other) + S::kRows * D + 2 * row));
         };
-        float highest = kNothing, weight = 0.0f;
-        for (int other = lane; other < count; other += 32) highest = fmaxf(highest, of(other).x);
+        const float2 own = lane < count ? of(lane) : make_float2(kNothing, 0.0f);
+        float highest = own.x, weight = 0.0f;
+        for (int other = lane + 32; other < count; other += 32) highest = fmaxf(highest, of(other).x);
 #pragma unroll
         for (int by = 16; by > 0; by /= 2) {
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, by));
         }
         for (int other = lane; other < count; other += 32) {
-            const float2 part = of(other);
+            const float2 part = other == lane ? own : of(other);
             factors[other][row] = ptx::exp2_approx(part.x - highest);
             weight += factors[other][row] * part.y;
         }
@@ -514,23 +532,12 @@ __device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>&
         if (lane == 0) shared.most[0][row] = highest, shared.total[0][row] = weight;
     }
     __syncthreads();
-    // Neighbouring threads share the parts of one place of the output.
-    const int items = rows * (D / 4);
-    int ways = 1;
-    while (2 * ways * items <= kThreads && ways < 32) ways *= 2;
-    const int way = threadIdx.x % ways;
     for (int first = 0; first < items; first += kThreads / ways) {
         const int i = first + threadIdx.x / ways;
         const int row = min(i, items - 1) / (D / 4), d = i % (D / 4) * 4;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        constexpr int kAtOnce = 8;
         for (int from = way; from < count; from += kAtOnce * ways) {
-            float4 v[kAtOnce];
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                const int other = min(from + u * ways, count - 1);
-                v[u] = __ldcg(reinterpret_cast<const float4*>(part_of(other) + row * D + d));
-            }
+            if (first || from != way) load(first, from);
 #pragma unroll
             for (int u = 0; u < kAtOnce; ++u) {
                 const int other = from + u * ways;
@@ -561,17 +568,13 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     const int group = call.heads / call.kv_heads, rows = group * call.tokens;
     if (!call.early) ptx::wait_for_predecessor();
 
-    if (warp == 0) {
-        for (int b = lane; b < call.batch; b += 32) {
-            shared.list.segments[b] = Segments::read(call.segments + 3 * b, call.reach + call.tokens - 1);
-        }
-        __syncwarp();
-        const int padded = shared.list.count(lane, call.batch, call.kv_heads, S::kWarps);
-        if (padded > static_cast<int>(gridDim.x) * S::kWarps) shared.list.count(lane, call.batch, call.kv_heads, 1);
+    for (int b = threadIdx.x; b < call.batch; b += kThreads) {
+        shared.list.segments[b] = Segments::read(call.segments + 3 * b, call.reach + call.tokens - 1);
     }
     __syncthreads();
-    const int units = shared.list.ends[call.batch - 1];
-    const int blocks = min(static_cast<int>(gridDim.x), (units + S::kWarps - 1) / S::kWarps);
+    shared.list.template plan<S::kWarps>(warp, lane, call.batch, call.kv_heads, static_cast<int>(gridDim.x));
+    const int units = shared.list.ends[call.batch - 1], run = shared.list.run;
+    const int blocks = run > 1 ? units / run : min(static_cast<int>(gridDim.x), (units + S::kWarps - 1) / S::kWarps);
     const int block = blockIdx.x;
     if (block == gridDim.x - 1) {  // sequences without tokens: zeros
         for (int b = 0; b < call.batch; ++b) {

@@ -32,18 +32,40 @@ struct alignas(16) Segments {
     }
 };
 
-// The list of all units: where those of each sequence end. Where a run of kWarps units for every block is enough, heads
-// are padded to whole runs, so that no block has to work on two of them, one after the other.
+// The list of all units: where those of each sequence end. Heads are padded to whole runs of blocks where that costs
+// little, so that no block has to work on two of them, one after the other.
 struct List {
     int ends[kMaxBatch];
     Segments segments[kMaxBatch];
-    int run;  // what the units of a head are rounded up to: kWarps, or 1
+    int run;  // what the units of a head are rounded up to; 1: blocks take equal shares, whatever head
+    int runs[32];
     __device__ int units(const Segments& s) const { return (s.units() + run - 1) / run * run; }
 
-    // By one warp, the segments being there; how many units there are.
-    __device__ int count(int lane, int batch, int kv_heads, int round_to) {
-        if (lane == 0) run = round_to;
-        __syncwarp();
+    // By all WARPS warps, the segments being there, up to a barrier: `run` is the smallest of a few, each a little
+    // longer than equal shares of all, of which the grid has enough blocks for every head.
+    template <int WARPS>
+    __device__ void plan(int warp, int lane, int batch, int kv_heads, int blocks) {
+        int all = 0, wanted = 0;
+        for (int b = lane; b < batch; b += 32) all += segments[b].units();
+        all = kv_heads * __reduce_add_sync(0xffffffff, all);
+        int length = (all + blocks - 1) / blocks;
+        length += length * (8 / WARPS * warp) / 64;
+        if (length < 8 * WARPS) length = max(1, (length + WARPS - 1) / WARPS) * WARPS;  // warps of a block go in step
+        for (int b = lane; b < batch; b += 32) wanted += (segments[b].units() + length - 1) / length;
+        wanted = kv_heads * __reduce_add_sync(0xffffffff, wanted);
+        if (lane == 0) runs[warp] = wanted <= blocks ? length : 0;
+        __syncthreads();
+        if (warp == 0) {
+            const int mine = lane < WARPS ? runs[lane] : 0;
+            const unsigned some = __ballot_sync(0xffffffff, mine > 0);
+            if (lane == 0) run = some ? runs[__ffs(some) - 1] : 1;
+            __syncwarp();
+            count(lane, batch, kv_heads);
+        }
+        __syncthreads();
+    }
+
+    __device__ void count(int lane, int batch, int kv_heads) {
         int sum = 0;
         for (int first = 0; first < batch; first += 32) {
             const int b = first + lane;
@@ -56,7 +78,6 @@ struct List {
             if (b < batch) ends[b] = sum + mine;
             sum += __shfl_sync(0xffffffff, mine, 31);
         }
-        return sum;
     }
 };
 
