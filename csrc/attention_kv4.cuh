@@ -11,8 +11,10 @@
 //
 //     sequence 0, head 0: prompt tiles | pages | window tiles   head 1: ...   sequence 1, head 0: ...
 //
-// of which each block takes an equal run, and of its part of a head each warp takes every kWarps-th unit, through its
-// own ring of cp.async stages: no barrier but at the end of a head. Ragged batches balance by themselves.
+// of which each block takes a run, and of its part of a head each warp takes every kWarps-th unit, through its own ring
+// of stages that the copy engine (before sm_90 cp.async) fills: no barrier but at the end of a head. Runs end with
+// heads where that costs little and are equal shares otherwise, so ragged batches balance by themselves. Half a page is
+// a unit where there is so little work that every warp then has one.
 //
 // **Products.** The cache is the A operand of mma.m16n8k16 and the G Tq query rows of a KV head are the columns of B,
 // so no row is wasted on missing heads: S^T [16 tokens, rows] = K Q^T, then O^T [D, rows] += V^T P^T, where a tile of
@@ -78,6 +80,8 @@ struct Shape {
     // On a multiprocessor, so that the next call fits beside.
     static constexpr int kBlocks = NT == 1 && D <= 128 && BITS <= 4 ? 2 : 1;
     static constexpr int kThreads = 32 * kWarps, kHalf = kWarps / 2;
+    // Whether a page can be two units: never, where there is little work, always (many rows need many registers).
+    static constexpr int kHalves = Codes<BITS>::kSpan > 2 ? 0 : NT * kPieces >= 20 ? 2 : 1;
     static constexpr int kSumRow = D + 4;
     static constexpr int kPart =
         kRows * (D + 2);  // floats that a block leaves of a head: the output, then maximum and sum
@@ -125,8 +129,9 @@ struct Warp {
 
     // The next half unit, K or V, to a stage.
     __device__ void fetch(int warp, int stage) const {
-        const unsigned char* from = nullptr;
-        int bytes = 0;
+        // Two pieces of memory: of half a page its codes, and the numbers of the whole.
+        const unsigned char *from = nullptr, *numbers = nullptr;
+        int bytes = 0, to = 0, number_bytes = 0;
         if (lane == 0) {
             Ahead& ahead = shared.ahead[warp];
             while (ahead.more && ahead.unit >= ahead.walk.stop) {
@@ -135,13 +140,21 @@ struct Warp {
             }
             if (ahead.more) {
                 const Segments s = shared.list.segments[ahead.walk.b];
+                const int halves = S::kHalves ? shared.list.halves : 0;
                 const int64_t b = ahead.walk.b, head = ahead.walk.head, of_all = b * call.kv_heads + head;
-                const int unit = ahead.unit + s.skip, body = unit - s.prompt_tiles(), late = body - s.pages;
+                const int unit = ahead.unit + s.skip, body = unit - s.prompt_tiles(), late = body - (s.pages << halves);
                 const bool v = ahead.v;
                 if (body >= 0 && late < 0) {
                     from = call.pages + (v ? S::kKBytes : 0) +
-                           (of_all * call.page_capacity + body) * (S::kKBytes + S::kVBytes);
+                           (of_all * call.page_capacity + (body >> halves)) * (S::kKBytes + S::kVBytes);
                     bytes = v ? S::kVBytes : S::kKBytes;
+                    if (halves) {
+                        numbers = from + S::kCodeBytes;
+                        number_bytes = bytes - S::kCodeBytes;
+                        bytes = S::kCodeBytes / 2;
+                        to = body % 2 * bytes;
+                        from += to;
+                    }
                 } else {
                     const int tile = (kPageTokens / kTileTokens * s.pages + late) % call.ring_tiles;
                     const T* tiles =
@@ -153,16 +166,28 @@ struct Warp {
                 if (v) ahead.unit += S::kWarps;
                 ahead.v = !v;
 #if __CUDA_ARCH__ >= 900
-                ptx::barrier_expect(&shared.full[warp][stage], bytes);
-                ptx::copy_bulk(shared.ring[warp][stage], from, bytes, &shared.full[warp][stage]);
+                unsigned char* const ring = shared.ring[warp][stage];
+                ptx::barrier_expect(&shared.full[warp][stage], bytes + number_bytes);
+                ptx::copy_bulk(ring + to, from, bytes, &shared.full[warp][stage]);
+                if (number_bytes) {
+                    ptx::copy_bulk(ring + S::kCodeBytes, numbers, number_bytes, &shared.full[warp][stage]);
+                }
 #endif
             }
         }
 #if __CUDA_ARCH__ < 900
-        from = reinterpret_cast<const unsigned char*>(
-            __shfl_sync(0xffffffff, reinterpret_cast<unsigned long long>(from), 0));
-        bytes = __shfl_sync(0xffffffff, bytes, 0);
-        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async<16>(shared.ring[warp][stage] + i, from + i);
+        const auto of_first = [](const unsigned char* p) {
+            return reinterpret_cast<const unsigned char*>(
+                __shfl_sync(0xffffffff, reinterpret_cast<unsigned long long>(p), 0));
+        };
+        from = of_first(from), numbers = of_first(numbers);
+        bytes = __shfl_sync(0xffffffff, bytes, 0), to = __shfl_sync(0xffffffff, to, 0);
+        number_bytes = __shfl_sync(0xffffffff, number_bytes, 0);
+        unsigned char* const ring = shared.ring[warp][stage];
+        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async<16>(ring + to + i, from + i);
+        for (int i = 16 * lane; i < number_bytes; i += 512) {
+            ptx::copy_async<16>(ring + S::kCodeBytes + i, numbers + i);
+        }
         ptx::copy_async_commit();
 #endif
     }
@@ -280,20 +305,23 @@ struct Warp {
         }
     }
 
-    // A page of 64 tokens, likewise.
-    template <typename F>
-    __device__ void page(const unsigned char* memory, F&& next, int position, int limit, const Codes<BITS>& codes) {
+    // A page of 64 tokens, likewise, or half of one: BLOCKS blocks of 16 tokens from block 2 `half` on.
+    template <int BLOCKS, typename F>
+    __device__ void page(const unsigned char* memory, F&& next, int half, int position, int limit,
+                         const Codes<BITS>& codes) {
         using C = Codes<BITS>;
         const auto* k_scale = reinterpret_cast<const __half*>(memory + S::kCodeBytes) + 4 * t;
         const __half* k_zero = k_scale + D;
         const uint32_t minus_near = both(-1 / C::kNearBy), minus_far = both(-1 / C::kFarBy);
 
-        float score[NT][4][4] = {}, shift[NT][4] = {};
+        float score[NT][BLOCKS][4] = {}, shift[NT][4] = {};
         const auto scores = [&](auto first_piece, auto count) {
             constexpr int kFirst = decltype(first_piece)::value, kCount = decltype(count)::value;
-            typename C::template Words<kCount> words[4 / C::kSpan];
+            typename C::template Words<kCount> words[BLOCKS / C::kSpan];
 #pragma unroll
-            for (int b = 0; b < 4; b += C::kSpan) C::template load<D, kFirst>(words[b / C::kSpan], memory, b, lane);
+            for (int b = 0; b < BLOCKS; b += C::kSpan) {
+                C::template load<D, kFirst>(words[b / C::kSpan], memory + half * (S::kCodeBytes / 2), b, lane);
+            }
 #pragma unroll
             for (int r = 0; r < kCount; ++r) {
                 const int j = kFirst + r;
@@ -310,7 +338,7 @@ struct Warp {
                     ptx::mma_m16n8k16(shift[n], {zx, zx, zy, zy}, q[n], __half{});
                 }
 #pragma unroll
-                for (int b = 0; b < 4; ++b) {
+                for (int b = 0; b < BLOCKS; ++b) {
                     uint32_t a[4];
                     codes.expand(a, words[b / C::kSpan], r, b);
 #pragma unroll
@@ -323,18 +351,18 @@ struct Warp {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
-            for (int b = 0; b < 4; ++b) {
+            for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) score[n][b][e] = C::kGain * score[n][b][e] + C::kGain * shift[n][e];
             }
         }
-        soften(score, position, limit, position + kPageTokens);
+        soften(score, position, limit, position + 16 * BLOCKS);
 
-        const auto* v_scale = reinterpret_cast<const __half*>(values + S::kCodeBytes);
+        const auto* v_scale = reinterpret_cast<const __half*>(values + S::kCodeBytes) + half * (kPageTokens / 2);
         const __half* v_zero = v_scale + kPageTokens;
         const uint32_t minus_one = both(-1.0f);
 #pragma unroll
-        for (int first = 0; first < 4; first += C::kSpan) {
+        for (int first = 0; first < BLOCKS; first += C::kSpan) {
             uint32_t p[C::kSpan][NT][2], near[C::kSpan], far[C::kSpan];
 #pragma unroll
             for (int i = 0; i < C::kSpan; ++i) {
@@ -354,7 +382,7 @@ struct Warp {
             const auto output = [&](auto first_piece, auto count) {
                 constexpr int kFirst = decltype(first_piece)::value, kCount = decltype(count)::value;
                 typename C::template Words<kCount> words;
-                C::template load<D, kFirst>(words, values, first, lane);
+                C::template load<D, kFirst>(words, values + half * (S::kCodeBytes / 2), first, lane);
 #pragma unroll
                 for (int r = 0; r < kCount; ++r) {
 #pragma unroll
@@ -572,7 +600,8 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
         shared.list.segments[b] = Segments::read(call.segments + 3 * b, call.reach + call.tokens - 1);
     }
     __syncthreads();
-    shared.list.template plan<S::kWarps>(warp, lane, call.batch, call.kv_heads, static_cast<int>(gridDim.x));
+    shared.list.template plan<S::kWarps, S::kHalves>(warp, lane, call.batch, call.kv_heads,
+                                                     static_cast<int>(gridDim.x));
     const int units = shared.list.ends[call.batch - 1], run = shared.list.run;
     const int blocks = run > 1 ? units / run : min(static_cast<int>(gridDim.x), (units + S::kWarps - 1) / S::kWarps);
     const int block = blockIdx.x;
@@ -650,9 +679,16 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
                 return arrived();
             };
             const Segments of = shared.list.segments[walk.b];
-            const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - of.pages;
+            const int halves = S::kHalves ? shared.list.halves : 0;
+            const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - (of.pages << halves);
             if (body >= 0 && late < 0) {
-                mine.page(keys, next, of.prompt + kPageTokens * body, of.length, codes);
+                if (S::kHalves == 2 || (S::kHalves == 1 && halves)) {
+                    mine.template page<S::kHalves ? 2 : 4>(keys, next, body % 2, of.prompt + kPageTokens / 2 * body,
+                                                           of.length, codes);
+                } else {
+                    mine.template page<S::kHalves == 2 ? 2 : 4>(keys, next, 0, of.prompt + kPageTokens * body,
+                                                                of.length, codes);
+                }
             } else {
                 const int position = body < 0 ? kTileTokens * at : of.window_start() + kTileTokens * late;
                 mine.tile(keys, next, position, of.length, body < 0 ? of.prompt : of.length);
