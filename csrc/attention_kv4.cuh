@@ -75,7 +75,7 @@ struct Shape {
     static constexpr int kCodeBytes = 8 * BITS * D, kKBytes = kCodeBytes + 4 * D,
                          kVBytes = kCodeBytes + 4 * kPageTokens;
     static constexpr int kTileBytes = 32 * D, kStageBytes = std::max({kKBytes, kVBytes, kTileBytes});
-    static constexpr int kStages = kStageBytes > 3072 ? 2 : 4;
+    static constexpr int kStages = kStageBytes >= 3072 ? 2 : 4;
     static constexpr int kWarps = D > 128 && (NT > 1 || BITS > 4) ? 4 : 8;
     // On a multiprocessor, so that the next call fits beside.
     static constexpr int kBlocks = NT == 1 && D <= 128 && BITS <= 4 ? 2 : 1;
@@ -748,6 +748,7 @@ template <typename T, int D, int NT, int BITS>
 void launch(const Call<T>& call, cudaStream_t stream) {
     using S = Shape<D, NT, BITS>;
     constexpr auto kernel = attention_kv4_kernel<T, D, NT, BITS>;
+    static_assert(S::kBlocks * (sizeof(Shared<T, D, NT, BITS>) + 1024) <= 228 << 10, "a multiprocessor of sm_90");
     allow_shared_memory<kernel>("attention_kv4");
     const Device device = current_device();
     // As many blocks as fit, while the last of a head can hold a factor for each.
@@ -757,11 +758,12 @@ void launch(const Call<T>& call, cudaStream_t stream) {
                         sizeof(Shared<T, D, NT, BITS>), 1, device.major, stream, call);
 }
 
-template <int BITS, typename T, int D>
-void with_rows(const Call<T>& call, int64_t rows, cudaStream_t stream) {
-    if (rows <= 8) return launch<T, D, 1, BITS>(call, stream);
-    if (rows <= 16) return launch<T, D, 2, BITS>(call, stream);
-    if constexpr (D <= 128) return launch<T, D, 4, BITS>(call, stream);
+// f with how many times 8 rows there are, as a compile-time constant.
+template <int D, typename F>
+void with_rows(int64_t rows, F&& f) {
+    if (rows <= 8) return f(std::integral_constant<int, 1>{});
+    if (rows <= 16) return f(std::integral_constant<int, 2>{});
+    if constexpr (D <= 128) f(std::integral_constant<int, 4>{});
 }
 
 // A call over pages of one width.
@@ -796,7 +798,10 @@ void attention_of(const Kv4Arguments& a, cudaStream_t stream) {
                            static_cast<int>(a.sliding_window ? a.sliding_window : 1 << 30),
                            a.early};
         const int64_t rows = a.heads / a.kv_heads * a.tokens;
-        const auto with_size = [&](auto size) { with_rows<BITS, T, decltype(size)::value>(call, rows, stream); };
+        const auto with_size = [&](auto size) {
+            constexpr int kSize = decltype(size)::value;
+            with_rows<kSize>(rows, [&](auto nt) { launch<T, kSize, decltype(nt)::value, BITS>(call, stream); });
+        };
         with_head_size(a.head_size, "attention_kv4", with_size);
     };
     a.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
