@@ -1,5 +1,5 @@
 // attention_kv4: csrc/attention_kv4.cuh says what it does.
-#include "attention_kv4.cuh"
+#include "attention_kv4_launch.cuh"
 
 namespace pyquant {
 

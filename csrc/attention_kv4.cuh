@@ -163,7 +163,7 @@ struct Warp {
                     from = reinterpret_cast<const unsigned char*>(tiles) + (v ? S::kTileBytes : 0);
                     bytes = S::kTileBytes;
                 }
-                if (v) ahead.unit += S::kWarps;
+                if (v) ahead.unit += ahead.step;
                 ahead.v = !v;
 #if __CUDA_ARCH__ >= 900
                 unsigned char* const ring = shared.ring[warp][stage];
@@ -410,6 +410,47 @@ struct Warp {
         if constexpr (FIRST + kCount < S::kPieces) each_chunk<FIRST + kCount>(f);
     }
 
+    // Units `unit`, + step, ... of the head of `walk`.
+    __device__ __forceinline__ void work(int warp, const Walk& walk, int unit, int step, int& stage, uint32_t& parity,
+                                         const Codes<BITS>& codes) {
+        for (; unit < walk.stop; unit += step) {
+            const auto arrived = [&] {
+#if __CUDA_ARCH__ >= 900
+                ptx::barrier_wait(&shared.full[warp][stage], parity);
+#else
+                ptx::copy_async_wait<S::kStages - 1>();
+                __syncwarp();
+#endif
+                return shared.ring[warp][stage];
+            };
+            const auto done = [&] {  // the stage is read by all lanes
+                __syncwarp();
+                fetch(warp, stage);
+                if (++stage == S::kStages) stage = 0, parity ^= 1;
+            };
+            const unsigned char* const keys = arrived();
+            const auto next = [&] {
+                done();
+                return arrived();
+            };
+            const Segments of = shared.list.segments[walk.b];
+            const int halves = S::kHalves ? shared.list.halves : 0;
+            const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - (of.pages << halves);
+            if (body >= 0 && late < 0) {
+                if (S::kHalves == 2 || (S::kHalves == 1 && halves)) {
+                    page<S::kHalves ? 2 : 4>(keys, next, body % 2, of.prompt + kPageTokens / 2 * body, of.length,
+                                             codes);
+                } else {
+                    page<S::kHalves == 2 ? 2 : 4>(keys, next, 0, of.prompt + kPageTokens * body, of.length, codes);
+                }
+            } else {
+                const int position = body < 0 ? kTileTokens * at : of.window_start() + kTileTokens * late;
+                tile(keys, next, position, of.length, body < 0 ? of.prompt : of.length);
+            }
+            done();
+        }
+    }
+
     // The upper half of the warps hand their registers to the lower half, which leave what they have then by rows. All
     // warps call it; it ends with a barrier.
     __device__ void meet(int warp) {
@@ -497,7 +538,7 @@ __device__ __forceinline__ void write_out(const Call<T>& call, int b, int head, 
     const int group = call.heads / call.kv_heads;
     const int64_t to = (static_cast<int64_t>(b) * call.tokens + row / group) * call.heads + head * group + row % group;
     float by = kPGain * weight;
-    if (call.sinks) {  // one more exponential
+    if (call.sinks && weight > 0.0f) {  // one more exponential
         const float sink = call.sinks[head * group + row % group] * kLog2e, highest = fmaxf(most, sink);
         const float shrink = ptx::exp2_approx(most - highest);
         weight = shrink * weight + ptx::exp2_approx(sink - highest);
@@ -583,6 +624,47 @@ __device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>&
     }
 }
 
+// Four channels of a row, summed over what meet() left of the warps, with its largest score and the sum of weights.
+template <int D, int NT, int BITS, typename M>
+__device__ __forceinline__ float2 sum_block(const M& shared, int row, int d, float4& sum) {
+    using S = Shape<D, NT, BITS>;
+    float highest = shared.most[0][row], weight = 0.0f;
+#pragma unroll
+    for (int w = 1; w < S::kHalf; ++w) highest = fmaxf(highest, shared.most[w][row]);
+    sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < S::kHalf; ++w) {
+        const float factor = ptx::exp2_approx(shared.most[w][row] - highest);
+        add(sum, factor, *reinterpret_cast<const float4*>(&shared.meet[w].sums[row][d]));
+        weight += factor * shared.total[w][row];
+    }
+    return make_float2(highest, weight);
+}
+
+// The queries of one KV head as B fragments; by all threads.
+template <typename T, int D, int NT, int BITS>
+__device__ __forceinline__ void load_queries(const Call<T>& call, Shared<T, D, NT, BITS>& shared, int b, int head) {
+    using S = Shape<D, NT, BITS>;
+    using C = Codes<BITS>;
+    constexpr int kThreads = S::kThreads;
+    const int group = call.heads / call.kv_heads, rows = group * call.tokens;
+    for (int i = threadIdx.x; i < NT * S::kPieces * 32; i += kThreads) {
+        const int l = i % 32, j = i / 32 % S::kPieces, n = i / (32 * S::kPieces), row = 8 * n + l / 4;
+        uint32_t v[2] = {};
+        if (row < rows) {
+            const T* from = call.q + b * call.q_batch + row / group * call.q_token +
+                            static_cast<int64_t>(head * group + row % group) * D + 16 * j + 2 * (l % 4);
+            v[0] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from)));
+            v[1] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from + 8)));
+        }
+        shared.q[n][j][l] = make_uint2(v[0], v[1]);
+        const float by = call.scale / (C::kGain / C::kNearBy), by_far = call.scale / (C::kGain / C::kFarBy);
+        shared.q_codes[n][j][l] =
+            make_uint2(pack2(by * Magic<T>::low(v[0]), by * Magic<T>::high(v[0]), __half{}),
+                       pack2(by_far * Magic<T>::low(v[1]), by_far * Magic<T>::high(v[1]), __half{}));
+    }
+}
+
 template <typename T, int D, int NT, int BITS>
 __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BITS>::kBlocks)
     attention_kv4_kernel(const __grid_constant__ Call<T> call) {
@@ -624,7 +706,7 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     Warp<T, D, NT, BITS> mine{call, shared, lane, lane / 4, lane % 4};
     Walk walk;
     walk.start(shared.list, begin, end, call.batch);
-    if (lane == 0) shared.ahead[warp] = {walk, walk.from + warp, true, false};
+    if (lane == 0) shared.ahead[warp] = {walk, walk.from + warp, S::kWarps, true, false};
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         for (int i = 0; i < S::kStages; ++i) ptx::barrier_init(&shared.full[warp][i], 1);
@@ -640,61 +722,11 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     uint32_t parity = 0;
     bool again;
     do {
-        for (int i = threadIdx.x; i < NT * S::kPieces * 32; i += kThreads) {
-            const int l = i % 32, j = i / 32 % S::kPieces, n = i / (32 * S::kPieces), row = 8 * n + l / 4;
-            uint32_t v[2] = {};
-            if (row < rows) {
-                const T* from = call.q + walk.b * call.q_batch + row / group * call.q_token +
-                                static_cast<int64_t>(walk.head * group + row % group) * D + 16 * j + 2 * (l % 4);
-                v[0] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from)));
-                v[1] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from + 8)));
-            }
-            shared.q[n][j][l] = make_uint2(v[0], v[1]);
-            const float by = call.scale / (C::kGain / C::kNearBy), by_far = call.scale / (C::kGain / C::kFarBy);
-            shared.q_codes[n][j][l] =
-                make_uint2(pack2(by * Magic<T>::low(v[0]), by * Magic<T>::high(v[0]), __half{}),
-                           pack2(by_far * Magic<T>::low(v[1]), by_far * Magic<T>::high(v[1]), __half{}));
-        }
+        load_queries<T, D, NT, BITS>(call, shared, walk.b, walk.head);
         __syncthreads();
 
         mine.reset();
-        for (int unit = walk.from + warp; unit < walk.stop; unit += S::kWarps) {
-            const auto arrived = [&] {
-#if __CUDA_ARCH__ >= 900
-                ptx::barrier_wait(&shared.full[warp][stage], parity);
-#else
-                ptx::copy_async_wait<S::kStages - 1>();
-                __syncwarp();
-#endif
-                return shared.ring[warp][stage];
-            };
-            const auto done = [&] {  // the stage is read by all lanes
-                __syncwarp();
-                mine.fetch(warp, stage);
-                if (++stage == S::kStages) stage = 0, parity ^= 1;
-            };
-            const unsigned char* const keys = arrived();
-            const auto next = [&] {
-                done();
-                return arrived();
-            };
-            const Segments of = shared.list.segments[walk.b];
-            const int halves = S::kHalves ? shared.list.halves : 0;
-            const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - (of.pages << halves);
-            if (body >= 0 && late < 0) {
-                if (S::kHalves == 2 || (S::kHalves == 1 && halves)) {
-                    mine.template page<S::kHalves ? 2 : 4>(keys, next, body % 2, of.prompt + kPageTokens / 2 * body,
-                                                           of.length, codes);
-                } else {
-                    mine.template page<S::kHalves == 2 ? 2 : 4>(keys, next, 0, of.prompt + kPageTokens * body,
-                                                                of.length, codes);
-                }
-            } else {
-                const int position = body < 0 ? kTileTokens * at : of.window_start() + kTileTokens * late;
-                mine.tile(keys, next, position, of.length, body < 0 ? of.prompt : of.length);
-            }
-            done();
-        }
+        mine.work(warp, walk, walk.from + warp, S::kWarps, stage, parity, codes);
         mine.meet(warp);
 
         // Which blocks share this head. Only the first of them can have begun its run before the head, and so have left
@@ -705,22 +737,13 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
         float* const part = call.parts + (static_cast<int64_t>(block) * 2 + (begin >= head_begin ? 0 : 1)) * S::kPart;
         for (int i = threadIdx.x; i < rows * (D / 4); i += kThreads) {
             const int row = i / (D / 4), d = i % (D / 4) * 4;
-            float highest = shared.most[0][row];
-#pragma unroll
-            for (int w = 1; w < S::kHalf; ++w) highest = fmaxf(highest, shared.most[w][row]);
-            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            float weight = 0.0f;
-#pragma unroll
-            for (int w = 0; w < S::kHalf; ++w) {
-                const float factor = ptx::exp2_approx(shared.most[w][row] - highest);
-                add(sum, factor, *reinterpret_cast<const float4*>(&shared.meet[w].sums[row][d]));
-                weight += factor * shared.total[w][row];
-            }
+            float4 sum;
+            const float2 of = sum_block<D, NT, BITS>(shared, row, d, sum);
             if (whole) {
-                write_out<T, D>(call, walk.b, walk.head, row, d, sum, weight, highest);
+                write_out<T, D>(call, walk.b, walk.head, row, d, sum, of.y, of.x);
             } else {
                 *reinterpret_cast<float4*>(part + row * D + d) = sum;
-                if (d == 0) *reinterpret_cast<float2*>(part + S::kRows * D + 2 * row) = make_float2(highest, weight);
+                if (d == 0) *reinterpret_cast<float2*>(part + S::kRows * D + 2 * row) = of;
             }
         }
         if (!whole) {
@@ -744,75 +767,5 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     } while (again);
 }
 
-template <typename T, int D, int NT, int BITS>
-void launch(const Call<T>& call, cudaStream_t stream) {
-    using S = Shape<D, NT, BITS>;
-    constexpr auto kernel = attention_kv4_kernel<T, D, NT, BITS>;
-    static_assert(S::kBlocks * (sizeof(Shared<T, D, NT, BITS>) + 1024) <= 228 << 10, "a multiprocessor of sm_90");
-    allow_shared_memory<kernel>("attention_kv4");
-    const Device device = current_device();
-    // As many blocks as fit, while the last of a head can hold a factor for each.
-    constexpr int kMostParts = sizeof(Shared<T, D, NT, BITS>::meet) / (4 * S::kRows);
-    const int blocks = std::min(device.multiprocessors * S::kBlocks, kMostParts);
-    launch_programmatic("attention_kv4", kernel, dim3(static_cast<unsigned>(blocks)), S::kThreads,
-                        sizeof(Shared<T, D, NT, BITS>), 1, device.major, stream, call);
-}
-
-// f with how many times 8 rows there are, as a compile-time constant.
-template <int D, typename F>
-void with_rows(int64_t rows, F&& f) {
-    if (rows <= 8) return f(std::integral_constant<int, 1>{});
-    if (rows <= 16) return f(std::integral_constant<int, 2>{});
-    if constexpr (D <= 128) f(std::integral_constant<int, 4>{});
-}
-
-// A call over pages of one width.
-template <int BITS>
-void attention_of(const Kv4Arguments& a, cudaStream_t stream) {
-    const auto run = [&](auto type) {
-        using T = decltype(type);
-        const bool capped = a.softcap > 0.0f;
-        char* const space = static_cast<char*>(a.workspace);
-        const Call<T> call{static_cast<const T*>(a.q),
-                           a.q_batch_stride,
-                           a.q_token_stride,
-                           static_cast<const T*>(a.prompt),
-                           a.prompt_batch_stride,
-                           static_cast<const uint8_t*>(a.pages),
-                           static_cast<const T*>(a.window),
-                           a.segments,
-                           static_cast<T*>(a.out),
-                           a.lse,
-                           reinterpret_cast<float*>(space + kCounters * 4),
-                           reinterpret_cast<unsigned*>(space),
-                           a.sinks,
-                           capped ? a.scaling / a.softcap : a.scaling * kLog2e,
-                           capped ? a.softcap * kLog2e : 0.0f,
-                           static_cast<int>(a.batch),
-                           static_cast<int>(a.tokens),
-                           static_cast<int>(a.heads),
-                           static_cast<int>(a.kv_heads),
-                           static_cast<int>(a.prompt_tiles),
-                           static_cast<int>(a.page_capacity),
-                           static_cast<int>(a.ring_tiles),
-                           static_cast<int>(a.sliding_window ? a.sliding_window : 1 << 30),
-                           a.early};
-        const int64_t rows = a.heads / a.kv_heads * a.tokens;
-        const auto with_size = [&](auto size) {
-            constexpr int kSize = decltype(size)::value;
-            with_rows<kSize>(rows, [&](auto nt) { launch<T, kSize, decltype(nt)::value, BITS>(call, stream); });
-        };
-        with_head_size(a.head_size, "attention_kv4", with_size);
-    };
-    a.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});
-}
-
 }  // namespace
-
-// One file each, so that they compile side by side.
-void attention_kv4_2bit(const Kv4Arguments& a, cudaStream_t stream);
-void attention_kv4_3bit(const Kv4Arguments& a, cudaStream_t stream);
-void attention_kv4_4bit(const Kv4Arguments& a, cudaStream_t stream);
-void attention_kv4_8bit(const Kv4Arguments& a, cudaStream_t stream);
-
 }  // namespace pyquant

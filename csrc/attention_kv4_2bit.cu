@@ -1,5 +1,5 @@
 // attention_kv4 over pages of 2 bits: one file a width, so that they compile side by side.
-#include "attention_kv4.cuh"
+#include "attention_kv4_launch.cuh"
 
 namespace pyquant {
 

@@ -151,7 +151,7 @@ struct Walk {
 // are what limits the warps on a multiprocessor.
 struct Ahead {
     Walk walk;
-    int unit;
+    int unit, step;
     bool more, v;
 };
 
