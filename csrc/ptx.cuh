@@ -188,6 +188,17 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+__device__ __forceinline__ int cluster_size() {
+    int size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
 // Address of another block's shared memory, for the same variable.
 __device__ __forceinline__ uint32_t map_shared(const void* shared, uint32_t rank) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -208,6 +219,19 @@ __device__ __forceinline__ void send(uint32_t address, float v, uint32_t barrier
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(address),
                  "f"(v), "r"(barrier)
                  : "memory");
+}
+__device__ __forceinline__ void send(uint32_t address, const float2& v, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
+        "f"(v.x), "f"(v.y), "r"(barrier)
+        : "memory");
+}
+__device__ __forceinline__ void send(uint32_t address, const float4& v, uint32_t barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+        : "memory");
 }
 #endif
 

@@ -193,8 +193,8 @@ def test_prepared_models_with_4_bits(family, kept, no_warning, no_fallback):
 
 
 def test_prepared_models_refuse_other_bits():
-    with pytest.raises(ValueError, match="bits=8 of a KV cache must be 4, or 16"):
-        prepare_for_inference(make("llama"), kv_bits=8)
+    with pytest.raises(ValueError, match="bits=5 of a KV cache must be 2, 3, 4, 8, or 16"):
+        prepare_for_inference(make("llama"), kv_bits=5)
 
 
 def test_prepared_models_leave_sliding_windows(caplog):
@@ -210,8 +210,8 @@ def test_without_our_cache_it_is_torchs_attention():
 
 def test_refusals():
     model = make("llama")
-    with pytest.raises(ValueError, match="bits=2 of a KV cache must be 4, or 16"):
-        pyquant.KVCache(model.config, bits=2)
+    with pytest.raises(ValueError, match="bits=5 of a KV cache must be 2, 3, 4, 8, or 16"):
+        pyquant.KVCache(model.config, bits=5)
     config = tiny_config()
     config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match="this model has linear_attention"):
