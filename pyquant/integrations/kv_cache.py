@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class KVCache(Cache):
         ValueError: values out of range, or layers that are no attention over keys and values.
     """
 
+    ids: Tensor | None = None  # of the prompt, where a file gave it
+
     def __init__(
         self, config: Any, bits: int = 4, prompt_tokens: int | None = 128, window: int = 128, capacity: int = 0
     ) -> None:
@@ -65,6 +68,46 @@ class KVCache(Cache):
         if why not in self.warned:
             self.warned.add(why)
             log.warning("the KV cache is dequantized for torch's attention: %s", why)
+
+    def save(self, path: str | Path, model: nn.Module, ids: Tensor, text: str = "") -> None:
+        """Write the keys and values of the prompt that the cache was filled with, for :meth:`load` at the next start.
+
+        Made for a system prompt: fill a cache of ``prompt_tokens=None`` for one sequence by one call, and save it before or
+        after it is used further. The file is the old one or the new one, also after a crash.
+
+        Args:
+            path: a .safetensors file; :mod:`pyquant.integrations.kv_file` says what is in it.
+            model: whose cache it is; its config and weights are fingerprinted, which reads all of them once.
+            ids: the prompt's tokens, int64 ``[P]`` or ``[1, P]``; the first P tokens of the first sequence are written.
+            text: what the tokens say, to be kept beside them.
+
+        Raises:
+            ValueError: no tokens, more than the cache keeps in 16 bits, or padded sequences.
+        """
+        from pyquant.integrations import kv_file
+
+        kv_file.save(self, Path(path), model, ids, text)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, ids: Tensor | None = None, **settings: Any) -> KVCache:
+        """A cache for one sequence that begins with a saved prompt, as if the model had just computed it.
+
+        Args:
+            path: a file of :meth:`save`.
+            model: the model that made it, on any device.
+            ids: int64 ``[P]`` or ``[1, P]``: the prompt that is expected; None takes whatever the file holds.
+            settings: those of the class other than ``config`` and ``prompt_tokens``; by default what the file says.
+
+        Returns:
+            the cache, with the prompt's tokens int64 ``[P]`` as ``ids``.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: no such file, or one of another model, dtype or prompt, saying which.
+        """
+        from pyquant.integrations import kv_file
+
+        return kv_file.load(Path(path), model, ids, **settings)
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +144,8 @@ class CacheLayer(CacheLayerMixin):
             )
             self.plain = DynamicLayer()
             return
-        self.kept = KVLayer(self.settings, batch, heads, size, key_states.dtype, key_states.device)
+        with torch.inference_mode(False):  # what is kept serves calls outside of that mode too
+            self.kept = KVLayer(self.settings, batch, heads, size, key_states.dtype, key_states.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys with a mark for the attention ``"pyquant"``; for any other, all tokens dequantized."""
@@ -158,7 +202,8 @@ class CacheLayer(CacheLayerMixin):
         if self.plain is not None:
             self.plain.crop(tokens_to_remove)
         elif self.kept is not None:
-            self.kept.crop(-tokens_to_remove)
+            with torch.inference_mode():
+                self.kept.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
