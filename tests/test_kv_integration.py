@@ -7,48 +7,12 @@ import logging
 
 import pytest
 import torch
-from tiny import byte_tokenizer, some_tokens, tiny_config, tiny_llama
-from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from kv_models import logits_of, make, run
+from tiny import byte_tokenizer, some_tokens, tiny_config
 
 import pyquant
 from pyquant.integrations import commands, inference, kv_cache
 from pyquant.integrations.inference import prepare_for_inference
-
-LENGTH = 512
-
-
-def make(family, **changes):
-    torch.manual_seed(0)
-    changes = {"max_position_embeddings": LENGTH, "num_hidden_layers": 2, **changes}
-    if family == "llama":
-        return tiny_llama(**changes)
-    fields = {**tiny_config(**changes).to_dict(), "head_dim": 16, **changes}
-    for name in ("model_type", "architectures", "layer_types"):
-        fields.pop(name, None)
-    kind, config = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "mistral": (MistralForCausalLM, MistralConfig)}[family]
-    if family == "mistral":
-        fields.setdefault("sliding_window", None)
-    return kind(config(**fields)).eval()
-
-
-def run(model, ids, cache=None, new=40, attention="pyquant", **how):
-    model.set_attn_implementation(attention)
-    how = {"attention_mask": torch.ones_like(ids), **how}
-    with torch.no_grad():
-        return model.generate(
-            ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, past_key_values=cache, **how
-        )
-
-
-def logits_of(model, ids, cache, attention, prompt, chunk=1):
-    """Logits of all tokens after the prompt, ``chunk`` tokens a call."""
-    model.set_attn_implementation(attention)
-    found = []
-    with torch.no_grad():
-        model(ids[:, :prompt], past_key_values=cache)
-        for i in range(prompt, ids.shape[1], chunk):
-            found.append(model(ids[:, i : i + chunk], past_key_values=cache).logits)
-    return torch.cat(found, 1)
 
 
 @pytest.fixture

@@ -45,6 +45,9 @@ class KVCache(Cache):
         prompt_tokens: tokens at the beginning that stay in 16 bits; None for all of the first call.
         window: newest tokens that stay in 16 bits (64 to 127 more may, until their page is full).
         capacity: tokens to allocate for at once; 0 grows as needed.
+        static: allocate all of ``capacity``, the most tokens of a sequence, by the first call, and keep lengths on the device:
+            a step can then be captured in a CUDA graph or compiled (``generate`` does so on GPUs), the attention must be
+            ``"pyquant"``, and a mask is read only by calls that are neither: within a graph it is that of the first call.
 
     Raises:
         ValueError: values out of range, or layers that are no attention over keys and values.
@@ -53,9 +56,15 @@ class KVCache(Cache):
     ids: Tensor | None = None  # of the prompt, where a file gave it
 
     def __init__(
-        self, config: Any, bits: int = 4, prompt_tokens: int | None = 128, window: int = 128, capacity: int = 0
+        self,
+        config: Any,
+        bits: int = 4,
+        prompt_tokens: int | None = 128,
+        window: int = 128,
+        capacity: int = 0,
+        static: bool = False,
     ) -> None:
-        settings = KVSettings(bits, prompt_tokens, window, capacity)
+        settings = KVSettings(bits, prompt_tokens, window, capacity, static)
         config = config.get_text_config(decoder=True)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         if other := sorted(set(kinds) - set(KNOWN_LAYERS)):
@@ -124,6 +133,7 @@ class CacheLayer(CacheLayerMixin):
         super().__init__()
         self._cache = weakref.ref(cache)
         self.settings, self.config = cache.settings, cache.config
+        self.is_compileable = cache.settings.static
         self.kept: KVLayer | None = None
         self.plain: DynamicLayer | None = None  # where the format cannot hold the heads
         self.new: tuple[Tensor, Tensor] | None = None  # given to update, not stored yet
@@ -137,6 +147,8 @@ class CacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, size = key_states.shape
+        if self.settings.static and (size % 16 or value_states.shape[-1] != size):
+            raise ValueError(f"a static KV cache does not hold heads of {size} and {value_states.shape[-1]} channels")
         self.is_initialized = True
         if size % 16 or value_states.shape[-1] != size:
             self.warn(
@@ -158,7 +170,12 @@ class CacheLayer(CacheLayerMixin):
             marked = key_states.view_as(key_states)
             marked._pyquant_layer = self  # type: ignore[attr-defined]
             return marked, value_states
-        if self.kept.length and self.settings.bits != 16:
+        if self.settings.static:
+            raise ValueError(
+                f'a static KV cache works with the attention "{NAME}" alone, and the model has '
+                f"{self.config._attn_implementation!r}: model.set_attn_implementation"
+            )
+        if self.kept.filled and self.settings.bits != 16:
             self.warn(
                 f'the attention is {self.config._attn_implementation!r}; see model.set_attn_implementation("{NAME}")'
             )
@@ -170,23 +187,30 @@ class CacheLayer(CacheLayerMixin):
         A few new ones come back as the kernel would see them; those of a prompt or of a chunk of one as they are, after the
         dequantized tokens before them.
         """
-        old = self.kept.values() if self.kept.length and k.shape[2] > MOST_AT_ONCE else None
-        few = self.kept.length > 0 and old is None
+        first = not self.kept.filled
+        old = self.kept.values() if not first and k.shape[2] > MOST_AT_ONCE else None
+        few = not first and old is None
         self.kept.add(k.detach(), v.detach(), padding)
+        if first and self.settings.static:
+            for t in self.kept.parts():  # or torch.compile would copy them, and leave graphs out
+                torch._dynamo.mark_static_address(t)
         if few:
             return self.kept.values()
         return (k, v) if old is None else (torch.cat([old[0], k], 2), torch.cat([old[1], v], 2))
 
     def get_seq_length(self) -> int:
+        """Tokens so far; of a static cache int64 ``[]`` on its device, which a graph can hold."""
         if self.plain is not None:
             return self.plain.get_seq_length()
-        return self.kept.length if self.kept is not None else 0
+        if self.kept is None or not self.settings.static:
+            return self.kept.length if self.kept is not None else 0
+        return self.kept.segments[0, 2].long() + self.kept.padding[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return (self.settings.capacity if self.settings.static else self.get_seq_length() + query_length), 0
 
     def get_max_length(self) -> int:
-        return -1
+        return self.settings.capacity if self.settings.static else -1
 
     @property
     def batch_size(self) -> int:
@@ -221,6 +245,9 @@ class CacheLayer(CacheLayerMixin):
             self.kept.repeat(repeats)
 
     def reset(self) -> None:
+        if self.settings.static and self.kept is not None:
+            self.kept.reset()  # where it is
+            return
         self.kept = self.plain = self.new = None
         self.is_initialized = False
 
@@ -230,16 +257,23 @@ class CacheLayer(CacheLayerMixin):
 _looked_at: tuple[Any, list[int] | None] = (lambda: None, None)  # the last mask and what it said
 
 
-def left_padding(mask: Tensor) -> list[int] | None:
+def left_padding(mask: Tensor, static: KVLayer | None = None) -> list[int] | None:
     """Padding on the left of each sequence, of a causal mask bool ``[B, 1, T, S]``; None for any other mask.
 
-    Layers share a mask, so it is read once a step: one wait for the GPU.
+    Layers share a mask, so it is read once a step: one wait for the GPU. Of a static cache S is its capacity, and what lies
+    beyond the tokens there are and T more must not be seen.
     """
     global _looked_at
     seen, found = _looked_at
     if seen() is mask:
         return found
-    found = None
+    whole, found = mask, None
+    if static is not None and mask.dim() == 4:
+        slots = static.length + mask.shape[2]
+        if mask[..., slots:].any():
+            _looked_at = weakref.ref(whole), None
+            return None
+        mask = mask[..., :slots]
     if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1:
         tokens, slots = mask.shape[2:]
         padding = mask[:, 0, -1].int().argmax(-1)
@@ -247,7 +281,7 @@ def left_padding(mask: Tensor) -> list[int] | None:
         causal = column <= slots - tokens + torch.arange(tokens, device=mask.device)[:, None]
         if torch.equal(mask[:, 0], causal & (column >= padding[:, None, None])):
             found = padding.tolist()
-    _looked_at = weakref.ref(mask), found
+    _looked_at = weakref.ref(whole), found
     return found
 
 
@@ -274,24 +308,32 @@ def pyquant_attention(
     if layer is None:
         return _torch_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     (k, v), layer.new = layer.new, None
-    kept, softcap = layer.kept, kwargs.get("softcap") or 0.0
-    if kept.length and query.shape[2] <= MOST_AT_ONCE:
+    kept, softcap, static = layer.kept, kwargs.get("softcap") or 0.0, layer.settings.static
+    if kept.filled and query.shape[2] <= MOST_AT_ONCE:
         why = _why_not(layer, query, attention_mask, **kwargs)
         if why is None:
             kept.add(k, v)
             return kept.attend(query.transpose(1, 2), scaling, softcap), None
+        if static and _in_graph(query):
+            raise ValueError(f"this step over a static KV cache cannot be captured or compiled: {why}")
         layer.warn(why)
     padding = None
-    if not kept.length and attention_mask is not None:
-        padding = left_padding(attention_mask)
-    before = kept.length
+    if not kept.filled and attention_mask is not None:
+        padding = left_padding(attention_mask, kept if static else None)
+    before = kept.filled
     all_k, all_v = layer.store(k, v, padding)
-    if before and attention_mask is None and query.shape[2] > 1:  # torch's is_causal would align on the other end
-        tokens, slots = query.shape[2], all_k.shape[2]
-        attention_mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)[
-            None, None
-        ]
+    tokens, slots = query.shape[2], all_k.shape[2]
+    if static and attention_mask is not None:
+        attention_mask = attention_mask[..., :slots]
+    if before and attention_mask is None and tokens > 1:  # torch's is_causal would align on the other end
+        seen = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)
+        attention_mask = seen[None, None]
     return _torch_attention(module, query, all_k, all_v, attention_mask, scaling, dropout, **kwargs)
+
+
+def _in_graph(t: Tensor) -> bool:
+    """Whether what runs is being captured or compiled, so that the host cannot look at numbers."""
+    return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _why_not(layer: CacheLayer, query: Tensor, mask: Tensor | None, **kwargs: Any) -> str | None:
@@ -310,9 +352,12 @@ def _why_not(layer: CacheLayer, query: Tensor, mask: Tensor | None, **kwargs: An
         if rows > max_rows(kept.size) or kept.batch > MAX_BATCH:
             return f"there is no kernel for {rows} query rows a KV head and {kept.batch} sequences"
     reach = kwargs.get("sliding_window")
-    if reach is not None and kept.length + query.shape[2] > reach:
+    longest = layer.settings.capacity if layer.settings.static else kept.length + query.shape[2]
+    if reach is not None and longest > reach:
         return f"the text is longer than the layer's sliding window of {reach} tokens"
-    padding = [0] * kept.batch if mask is None else left_padding(mask)
+    if layer.settings.static and _in_graph(query):
+        return None
+    padding = [0] * kept.batch if mask is None else left_padding(mask, kept if layer.settings.static else None)
     if padding != kept.padding:
         return "the attention mask is not that of the first call's padding on the left"
     return None
