@@ -188,7 +188,8 @@ void attention_kv4(uintptr_t q, int64_t q_batch_stride, int64_t q_token_stride, 
                    int64_t prompt_batch_stride, int64_t prompt_tiles, uintptr_t pages, int64_t page_capacity,
                    uintptr_t window, int64_t ring_tiles, uintptr_t segments, uintptr_t out, uintptr_t lse,
                    uintptr_t workspace, float scaling, float softcap, int64_t batch, int64_t tokens, int64_t heads,
-                   int64_t kv_heads, int64_t head_size, bool early, uintptr_t stream) {
+                   int64_t kv_heads, int64_t head_size, bool early, int64_t bits, int64_t sliding_window,
+                   uintptr_t sinks, uintptr_t stream) {
     pyquant::attention_kv4({at<void>(q),
                             q_batch_stride,
                             q_token_stride,
@@ -211,13 +212,17 @@ void attention_kv4(uintptr_t q, int64_t q_batch_stride, int64_t q_token_stride, 
                             heads,
                             kv_heads,
                             head_size,
-                            early},
+                            early,
+                            bits,
+                            sliding_window,
+                            at<float>(sinks)},
                            as_stream(stream));
 }
 
 void append_kv4(uintptr_t k, std::array<int64_t, 4> k_strides, uintptr_t v, std::array<int64_t, 4> v_strides, int dtype,
                 uintptr_t pages, int64_t page_capacity, uintptr_t window, int64_t ring_tiles, uintptr_t segments,
                 uintptr_t workspace, int64_t batch, int64_t tokens, int64_t kv_heads, int64_t head_size, int64_t keep,
+                int64_t bits, uintptr_t cos, uintptr_t sin, int64_t rope_batch_stride, bool rope_wide,
                 uintptr_t stream) {
     pyquant::Kv4Append a{at<void>(k),
                          at<void>(v),
@@ -234,7 +239,12 @@ void append_kv4(uintptr_t k, std::array<int64_t, 4> k_strides, uintptr_t v, std:
                          tokens,
                          kv_heads,
                          head_size,
-                         keep};
+                         keep,
+                         bits,
+                         at<void>(cos),
+                         at<void>(sin),
+                         rope_batch_stride,
+                         rope_wide};
     std::copy(k_strides.begin(), k_strides.end(), a.k_strides);
     std::copy(v_strides.begin(), v_strides.end(), a.v_strides);
     pyquant::append_kv4(a, as_stream(stream));

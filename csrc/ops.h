@@ -119,7 +119,7 @@ void attention_decode(const AttentionArguments& a, const void* cos, const void* 
 // q and out [batch, tokens, heads, head_size], out contiguous, lse fp32 [batch, tokens, heads] or null; the cache as
 // pyquant/formats/kv4.py says, prompt_batch_stride 0 for one prompt of the whole batch. workspace:
 // attention_kv4_workspace() bytes, zero before its first use and used by one launch at a time. early: nothing but q is
-// written by the kernel ahead in the stream.
+// written by the kernel ahead in the stream. sinks: fp32 by query head, or null. sliding_window: 0 for none.
 struct Kv4Arguments {
     const void* q;
     int64_t q_batch_stride, q_token_stride;
@@ -137,11 +137,14 @@ struct Kv4Arguments {
     float scaling, softcap;
     int64_t batch, tokens, heads, kv_heads, head_size;
     bool early;
+    int64_t bits, sliding_window;
+    const float* sinks;
 };
 int64_t attention_kv4_workspace(int64_t head_size, int multiprocessors);
 void attention_kv4(const Kv4Arguments& a, cudaStream_t stream);
 
-// k and v [batch, tokens <= 64, kv_heads, head_size] with strides in values. keep: tokens that the window keeps at
+// k and v [batch, tokens <= 64, kv_heads, head_size] with strides in values. cos and sin [tokens, head_size] of each
+// sequence, in fp32 where rope_wide and otherwise in k's dtype, or null. keep: tokens that the window keeps at
 // least, or -1 where nothing is packed. workspace: kKv4AppendBatch counters of 4 bytes, zero before its first use and
 // used by one launch at a time.
 constexpr int64_t kKv4AppendBatch = 4096;
@@ -155,7 +158,10 @@ struct Kv4Append {
     int64_t ring_tiles;
     int* segments;
     void* workspace;
-    int64_t batch, tokens, kv_heads, head_size, keep;
+    int64_t batch, tokens, kv_heads, head_size, keep, bits;
+    const void *cos, *sin;
+    int64_t rope_batch_stride;
+    bool rope_wide;
 };
 void append_kv4(const Kv4Append& a, cudaStream_t stream);
 

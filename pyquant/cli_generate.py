@@ -27,7 +27,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
     seed: Annotated[int, typer.Option()] = 0,
     kv_bits: Annotated[
-        int | None, typer.Option(help="Of cached keys and values: 4, or 16 to keep all.", rich_help_panel=_CACHE)
+        int | None, typer.Option(help="Of cached keys and values: 8, 4, 3 or 2; 16 keeps all.", rich_help_panel=_CACHE)
     ] = None,
     kv_prompt: Annotated[
         str | None,

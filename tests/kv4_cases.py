@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cases import U32, Want, unit_roundoff
+from pyquant import ops
 from pyquant.formats import kv4
 
 
@@ -24,12 +25,17 @@ class Kv4Case:
     segments: tuple[tuple[int, int, int], ...]
     softcap: float = 0.0
     shared: bool = False  # one prompt for the batch
+    bits: int = 4
+    sliding: int = 0
+    sinks: bool = False
 
     def __str__(self) -> str:
         text = f"b{self.batch}-t{self.tokens}-h{self.heads}/{self.kv_heads}-d{self.size}-" + "-".join(
             map(str, self.segments[0])
         )
-        return text + ("-cap" if self.softcap else "") + ("-shared" if self.shared else "")
+        text += ("-cap" if self.softcap else "") + ("-shared" if self.shared else "")
+        text += f"-{self.bits}bit" if self.bits != 4 else ""
+        return text + (f"-last{self.sliding}" if self.sliding else "") + ("-sinks" if self.sinks else "")
 
 
 KV4_CASES = (
@@ -40,6 +46,21 @@ KV4_CASES = (
     Kv4Case(2, 8, 4, 1, 128, ((128, 1, 64), (0, 2, 8))),
     Kv4Case(2, 1, 16, 1, 256, ((33, 2, 70),), shared=True),
     Kv4Case(4, 3, 8, 2, 128, ((40, 4, 127), (40, 0, 3), (40, 1, 64), (40, 2, 190)), shared=True),
+)
+# What else there is: pages of other bits, a sliding window that ends in each of the segments, attention sinks.
+KV4_MORE = (
+    Kv4Case(2, 1, 4, 2, 64, ((17, 2, 64), (0, 3, 100)), bits=8),
+    Kv4Case(2, 2, 4, 2, 80, ((17, 2, 64), (0, 3, 100)), bits=2),
+    Kv4Case(2, 1, 4, 2, 96, ((17, 2, 64), (0, 3, 100)), bits=3),
+    Kv4Case(1, 8, 4, 1, 128, ((5, 4, 64),), bits=8, softcap=20.0, sinks=True),
+    Kv4Case(2, 3, 4, 1, 128, ((16, 3, 70), (0, 2, 3)), bits=2, sliding=100),
+    Kv4Case(2, 1, 16, 1, 256, ((33, 2, 70),), bits=8, shared=True, sinks=True),
+    Kv4Case(1, 1, 2, 1, 256, ((0, 3, 65),), bits=3, sliding=80),
+    Kv4Case(2, 2, 4, 2, 64, ((40, 3, 70), (0, 2, 100)), sliding=1),
+    Kv4Case(2, 3, 4, 2, 64, ((40, 3, 70), (0, 2, 100)), sliding=72, sinks=True),
+    Kv4Case(3, 1, 8, 1, 64, ((100, 3, 70), (0, 5, 30), (0, 0, 128)), sliding=128, sinks=True),
+    Kv4Case(2, 2, 4, 2, 128, ((100, 2, 70), (90, 1, 100)), sliding=240, softcap=30.0, shared=False),
+    Kv4Case(2, 1, 4, 2, 96, ((40, 3, 70), (0, 2, 100)), sliding=5000, sinks=True, shared=True),
 )
 
 
@@ -53,6 +74,7 @@ class Cache:
     segments: Tensor
     k: list[Tensor]
     v: list[Tensor]
+    sinks: Tensor | None = None  # fp32 [Hq]
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.prompt, self.pages, self.window, self.segments
@@ -64,10 +86,10 @@ def make_tokens(batch: int, kv_heads: int, tokens: int, size: int, dtype: torch.
     return (x + 2 * torch.randn(size, device=device)).to(dtype)
 
 
-def page_values(x: Tensor, of_k: bool) -> Tensor:
+def page_values(x: Tensor, of_k: bool, bits: int = 4) -> Tensor:
     """What pages of ``x [..., 64 n, D]`` stand for, from codes, scales and zeros, fp64."""
     x = x.unflatten(-2, (-1, kv4.PAGE))
-    k_codes, v_codes, numbers = kv4.quantize_page(x, x)
+    k_codes, v_codes, numbers = kv4.quantize_page(x, x, bits)
     k_scale, k_zero, v_scale, v_zero = (t.double() for t in numbers)
     if of_k:
         return ((k_codes.double() - k_zero[..., None, :]) * k_scale[..., None, :]).flatten(-3, -2)
@@ -82,6 +104,7 @@ def make_cache(
     device: str,
     shared: bool = False,
     spare: int = 1,
+    bits: int = 4,
 ) -> Cache:
     """Random tokens in every segment; NaN where no token lies, and ``spare`` tiles more than needed in the ring."""
     batch, one = len(segments), 1 if shared else len(segments)
@@ -92,7 +115,7 @@ def make_cache(
         early = make_tokens(one, kv_heads, 16 * tiles, size, dtype, device)
         body = make_tokens(batch, kv_heads, 64 * most[1], size, dtype, device)
         late = make_tokens(batch, kv_heads, 16 * ring, size, dtype, device)
-        values, exact = [], page_values(body, of_k)
+        values, exact = [], page_values(body, of_k, bits)
         for b, (kept, full, new) in enumerate(segments):
             slots = (torch.arange(new, device=device) + 64 * full) % (16 * ring)
             first = early[b % one, :, :kept].double()
@@ -106,7 +129,7 @@ def make_cache(
     lengths = [[p, n, p + 64 * n + w] for p, n, w in segments]
     return Cache(
         kv4.pack_tiles(ek, ev),
-        kv4.pack_pages(bk, bv),
+        kv4.pack_pages(bk, bv, bits),
         kv4.pack_tiles(lk, lv),
         torch.tensor(lengths, dtype=torch.int32, device=device),
         k,
@@ -117,12 +140,20 @@ def make_cache(
 def make_case(case: Kv4Case, dtype: torch.dtype, device: str) -> tuple[Tensor, Cache]:
     """(q, cache) of a case."""
     segments = [case.segments[b % len(case.segments)] for b in range(case.batch)]
-    cache = make_cache(segments, case.kv_heads, case.size, dtype, device, case.shared)
+    cache = make_cache(segments, case.kv_heads, case.size, dtype, device, case.shared, bits=case.bits)
     q = 1.5 * torch.randn(case.batch, case.tokens, case.heads, case.size, device=device)
+    if case.sinks:  # from what weighs nothing to more than all tokens
+        cache = replace(cache, sinks=torch.linspace(-3.0, 15.0, case.heads, device=device))
     return q.to(dtype), cache
 
 
-def want_kv4(q: Tensor, cache: Cache, softcap: float, dtype: torch.dtype, by_kernel: bool) -> tuple[Want, Want]:
+def attend(q: Tensor, cache: Cache, case: Kv4Case, **changes) -> tuple[Tensor, Tensor]:
+    """The op's (out, log-sum-exp) of a case."""
+    options = {"softcap": case.softcap, "sliding_window": case.sliding, "sinks": cache.sinks}
+    return ops.attention_kv4(q, *cache.parts(), **(options | changes))
+
+
+def want_kv4(q: Tensor, cache: Cache, case: Kv4Case, dtype: torch.dtype, by_kernel: bool) -> tuple[Want, Want]:
     """(out, log-sum-exp) in fp64 and how far a right result may be from them.
 
     A right kernel errs by
@@ -131,13 +162,13 @@ def want_kv4(q: Tensor, cache: Cache, softcap: float, dtype: torch.dtype, by_ker
     * weights rounded to 16 bits: at most u p |v| each;
     * a query that is scaled for 4-bit pages and rounded to fp16: D independent errors of deviation 2^-11 / sqrt(3) |q k|
       in a score, of which six deviations are allowed;
-    * sums in fp32: 1 + code / u stands 36 times above what is left when the zero is taken off, and tensor cores cut off
-      2^-23 of the largest term: 64 * 2^-23 * |q| max |k|;
+    * sums in fp32: 1 + code / u stands 36 times above what is left when the zero is taken off (1024 + code of 8 bits 10
+      times, 1 + code / 32 of 2 bits 32 times), and tensor cores cut off 2^-23 of the largest term: 64 * 2^-23 * |q| max |k|;
     * a fast exponential and its sums: 50 + sqrt(length) roundings.
 
     Plain torch errs by the first and the last.
     """
-    (batch, tokens, heads, _), scaling = q.shape, q.shape[-1] ** -0.5
+    (batch, tokens, heads, _), scaling, softcap = q.shape, q.shape[-1] ** -0.5, case.softcap
     u, narrow = unit_roundoff(dtype), 2.0**-11 if by_kernel else 4 * U32
     value, worst = (torch.zeros_like(q, dtype=torch.float64) for _ in range(2))
     sums, off = (torch.zeros(batch, tokens, heads, dtype=torch.float64, device=q.device) for _ in range(2))
@@ -152,9 +183,14 @@ def want_kv4(q: Tensor, cache: Cache, softcap: float, dtype: torch.dtype, by_ker
             score = softcap * torch.tanh(score / softcap)
             ds = ds + 16 * U32 * softcap
         at = torch.arange(length, device=q.device)
-        newer = at > length - tokens + torch.arange(tokens, device=q.device)[:, None]
-        score = score.masked_fill(newer[:, None], -torch.inf)
-        p = score.softmax(-1)
+        behind = length - tokens + torch.arange(tokens, device=q.device)[:, None] - at
+        score = score.masked_fill(((behind < 0) | (behind >= (case.sliding or length)))[:, None], -torch.inf)
+        if cache.sinks is None:
+            p = score.softmax(-1)
+        else:  # a column more, whose value is 0
+            sink = cache.sinks.double().expand(tokens, -1).unsqueeze(-1)
+            p = torch.cat([score, sink], -1).softmax(-1)[..., :-1]
+            score = torch.cat([score, sink], -1)
         out = torch.einsum("thl,hld->thd", p, v)
         spread = torch.einsum("thl,thld->thd", p, (v[None] - out[:, :, None]).abs())
         size_of = torch.einsum("thl,hld->thd", p, v.abs())
@@ -171,9 +207,16 @@ def want_kv4(q: Tensor, cache: Cache, softcap: float, dtype: torch.dtype, by_ker
 # ------------------------------------------------------------------------------------------------ planted faults
 
 
+def _code_bytes(cache: Cache) -> tuple[int, int]:
+    """(head size, bytes of a page's codes of K)."""
+    d = cache.window.shape[-1] // 32
+    return d, 8 * d * kv4.bits_of(cache.pages.shape[-1], d)
+
+
 def _swap_pages(cache: Cache) -> Cache:
     """The keys of two pages exchanged (keys and values together would change nothing: attention knows no order)."""
-    pages, keys = cache.pages.clone(), 36 * cache.window.shape[-1] // 32
+    d, codes = _code_bytes(cache)
+    pages, keys = cache.pages.clone(), codes + 4 * d
     pages[:, :, :2, :keys] = pages[:, :, :2, :keys].flip(2)
     return replace(cache, pages=pages)
 
@@ -184,15 +227,15 @@ def _swap_heads(cache: Cache) -> Cache:
 
 def _shift_k_scales(cache: Cache) -> Cache:
     """Every channel of K takes the scale of its neighbour in memory."""
-    pages, d = cache.pages.clone(), cache.window.shape[-1] // 32
-    pages[..., 32 * d : 34 * d] = pages[..., 32 * d : 34 * d].roll(2, -1)
+    pages, (d, codes) = cache.pages.clone(), _code_bytes(cache)
+    pages[..., codes : codes + 2 * d] = pages[..., codes : codes + 2 * d].roll(2, -1)
     return replace(cache, pages=pages)
 
 
 def _swap_nibbles(cache: Cache) -> Cache:
-    pages, d = cache.pages.clone(), cache.window.shape[-1] // 32
-    codes = pages[..., 36 * d : 68 * d]
-    pages[..., 36 * d : 68 * d] = (codes << 4) | (codes >> 4)
+    pages, (d, count) = cache.pages.clone(), _code_bytes(cache)
+    codes = pages[..., count + 4 * d : 2 * count + 4 * d]
+    pages[..., count + 4 * d : 2 * count + 4 * d] = (codes << 4) | (codes >> 4)
     return replace(cache, pages=pages)
 
 
@@ -219,6 +262,16 @@ KV4_FAULTS: dict[str, Callable[[Cache], Cache]] = {
     "prompt one token shorter": _prompt_one_shorter,
 }
 FAULTY_CASE = Kv4Case(2, 1, 4, 2, 64, ((17, 2, 64), (5, 3, 100)))
+# Changes of the arguments that a right kernel must show, in this case.
+OPTIONS_CASE = replace(FAULTY_CASE, sliding=90, sinks=True, segments=((17, 2, 50), (5, 3, 60)))
+OPTION_FAULTS: dict[str, Callable[[Cache], dict]] = {
+    "sliding window one token wider": lambda cache: {"sliding_window": OPTIONS_CASE.sliding + 1},
+    "sliding window one token narrower": lambda cache: {"sliding_window": OPTIONS_CASE.sliding - 1},
+    "no sliding window": lambda cache: {"sliding_window": 0},
+    "no sinks": lambda cache: {"sinks": None},
+    "sink of another head": lambda cache: {"sinks": cache.sinks.roll(1)},
+    "sinks in base 2": lambda cache: {"sinks": cache.sinks / 1.4426950408889634},
+}
 
 
 # ------------------------------------------------------------------------------------------------ arguments for opcheck
@@ -230,10 +283,15 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
     for case in (KV4_CASES[1], replace(KV4_CASES[1], tokens=2, shared=True, segments=((9, 1, 70),))):
         for dtype in (torch.float16, torch.float32):
             q, cache = make_case(case, dtype, device)
-            calls["attention_kv4"].append((q, *cache.parts(), 0.125, case.softcap, False))
+            calls["attention_kv4"].append((q, *cache.parts(), 0.125, case.softcap, False, 0, None))
+    q, cache = make_case(replace(OPTIONS_CASE, bits=8), torch.float16, device)
+    calls["attention_kv4"].append((q, *cache.parts(), 0.125, 0.0, False, 90, cache.sinks))
     for dtype, keep in ((torch.float16, 64), (torch.float32, -1)):
         cache = make_cache([(5, 0, 127), (0, 1, 100)], 2, 64, dtype, device, spare=2)
         pages = torch.cat([cache.pages, cache.pages], 2)
         new = make_tokens(2, 2, 3, 64, dtype, device).transpose(1, 2)
-        calls["append_kv4"].append((new, new + 1, pages, cache.window, cache.segments, keep))
+        calls["append_kv4"].append((new, new + 1, pages, cache.window, cache.segments, keep, None, None))
+        turn = torch.rand(2, 3, 64, device=device)
+        parts = (pages.clone(), cache.window.clone(), cache.segments.clone())
+        calls["append_kv4"].append((new, new + 1, *parts, keep, turn.cos(), turn[:, :1].expand(2, 3, 64).sin()))
     return calls

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from tiny import tiny_config, tiny_llama
-from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 LENGTH = 512
 
@@ -17,7 +24,20 @@ def make(family, **changes):
     fields = {**tiny_config(**changes).to_dict(), "head_dim": 16, **changes}
     for name in ("model_type", "architectures", "layer_types"):
         fields.pop(name, None)
-    kind, config = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "mistral": (MistralForCausalLM, MistralConfig)}[family]
+    kind, config = {
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+        "mistral": (MistralForCausalLM, MistralConfig),
+        "gpt-oss": (GptOssForCausalLM, GptOssConfig),
+    }[family]
+    if family == "gpt-oss":  # sinks, a sliding window in every other layer
+        fields |= {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 60,
+            "intermediate_size": 64,
+            **changes,
+        }
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
     if family == "mistral":
         fields.setdefault("sliding_window", None)
     return kind(config(**fields)).eval()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from kv4_cases import Kv4Case, make_cache, make_case, want_kv4
+from kv4_cases import Kv4Case, attend, make_cache, make_case, want_kv4
 
 from cases import mismatch
 from pyquant import ops
@@ -34,8 +34,9 @@ def random_case(rng: random.Random) -> Kv4Case:
         new = rng.choice([tokens, 63 + tokens, 64, 65, 128, 129, 190])
         segments.append((own, rng.choice([0, 0, 1, 2, 5, 40]), max(new, tokens)))
     return Kv4Case(
-        batch, tokens, kv_heads * group, kv_heads, size, tuple(segments), rng.choice([0, 0, 0, 30.0]), shared
-    )
+        batch, tokens, kv_heads * group, kv_heads, size, tuple(segments), rng.choice([0, 0, 0, 30.0]), shared,
+        bits=rng.choice([4, 4, 8, 3, 2]), sliding=rng.choice([0, 0, 1, 64, 100, 1000]), sinks=rng.random() < 0.3,
+    )  # fmt: skip
 
 
 def sdpa(q, cache):
@@ -63,13 +64,13 @@ def test_random_configurations(part):
     for _ in range(20):
         case, dtype = random_case(rng), rng.choice([torch.bfloat16, torch.float16])
         q, cache = make_case(case, dtype, "cuda")
-        out, lse = ops.attention_kv4(q, *cache.parts(), softcap=case.softcap)
-        again, _ = ops.attention_kv4(q, *cache.parts(), softcap=case.softcap)
-        want, want_lse = want_kv4(q, cache, case.softcap, dtype, True)
+        out, lse = attend(q, cache, case)
+        again, _ = attend(q, cache, case)
+        want, want_lse = want_kv4(q, cache, case, dtype, True)
         assert mismatch(out, want) is None, f"{case} {dtype}"
         assert mismatch(lse, want_lse) is None, f"{case} {dtype}"
         assert torch.equal(out, again), f"{case} {dtype}: other bits the second time"
-        if not case.softcap:
+        if not case.softcap and not case.sinks and not case.sliding:
             error, theirs = ((t - want.value).norm() / want.value.norm() for t in (out.double(), sdpa(q, cache)))
             assert error <= 1.25 * theirs + torch.finfo(dtype).eps / 4, (
                 f"{case} {dtype}: {error:.2e}, SDPA {theirs:.2e}"
@@ -150,4 +151,4 @@ def test_what_the_kernel_declines_runs_elsewhere(monkeypatch):
     cache = make_cache([(16, 1, 70)], 1, 128, torch.float16, "cuda")
     q = torch.randn(1, 3, 16, 128, device="cuda").half()  # 48 rows
     out, _ = ops.attention_kv4(q, *cache.parts())
-    assert mismatch(out, want_kv4(q, cache, 0.0, torch.float16, True)[0]) is None
+    assert mismatch(out, want_kv4(q, cache, Kv4Case(1, 3, 16, 1, 128, ((16, 1, 70),)), torch.float16, True)[0]) is None

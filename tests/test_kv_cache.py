@@ -198,7 +198,7 @@ def test_capacity_is_allocated_once():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"bits": 3}, "bits=3 of a KV cache must be 4, or 16"),
+        ({"bits": 5}, "bits=5 of a KV cache must be 2, 3, 4, 8, or 16"),
         ({"window": -1}, "window=-1 must not be negative"),
         ({"prompt_tokens": -5}, "prompt_tokens=-5 must not be negative"),
     ],

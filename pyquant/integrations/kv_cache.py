@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -41,7 +42,7 @@ class KVCache(Cache):
 
     Args:
         config: the model's.
-        bits: 4, or 16 to keep everything as it is.
+        bits: 8, 4, 3 or 2, or 16 to keep everything as it is.
         prompt_tokens: tokens at the beginning that stay in 16 bits; None for all of the first call.
         window: newest tokens that stay in 16 bits (64 to 127 more may, until their page is full).
         capacity: tokens to allocate for at once; 0 grows as needed.
@@ -254,34 +255,44 @@ class CacheLayer(CacheLayerMixin):
 
 # ------------------------------------------------------------------------------------------------ masks
 
-_looked_at: tuple[Any, list[int] | None] = (lambda: None, None)  # the last mask and what it said
+_looked_at = WeakIdKeyDictionary()  # masks, and what they said
 
 
-def left_padding(mask: Tensor, static: KVLayer | None = None) -> list[int] | None:
+def left_padding(
+    mask: Tensor, reach: int = 0, known: list[int] | None = None, static: KVLayer | None = None
+) -> list[int] | None:
     """Padding on the left of each sequence, of a causal mask bool ``[B, 1, T, S]``; None for any other mask.
 
-    Layers share a mask, so it is read once a step: one wait for the GPU. Of a static cache S is its capacity, and what lies
-    beyond the tokens there are and T more must not be seen.
+    Layers share a mask, so it is read once a step: one wait for the GPU.
+
+    Args:
+        reach: the layer's sliding window, which the mask then has too; 0 for none.
+        known: the padding, where earlier tokens told it: behind a sliding window a mask does not show it any more.
+        static: a static layer: S is its capacity, and what lies beyond the tokens there are and T more must not be seen.
     """
-    global _looked_at
-    seen, found = _looked_at
-    if seen() is mask:
+    asked = reach, None if known is None else tuple(known)
+    before, found = _looked_at.get(mask, (None, None))
+    if before == asked:
         return found
-    whole, found = mask, None
-    if static is not None and mask.dim() == 4:
-        slots = static.length + mask.shape[2]
-        if mask[..., slots:].any():
-            _looked_at = weakref.ref(whole), None
-            return None
-        mask = mask[..., :slots]
+    found = None
     if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1:
         tokens, slots = mask.shape[2:]
-        padding = mask[:, 0, -1].int().argmax(-1)
-        column = torch.arange(slots, device=mask.device)
-        causal = column <= slots - tokens + torch.arange(tokens, device=mask.device)[:, None]
-        if torch.equal(mask[:, 0], causal & (column >= padding[:, None, None])):
+        if static is not None:
+            slots = min(slots, static.length + tokens)
+        seen, device = mask[:, 0, :, :slots], mask.device
+        if known is not None:
+            padding = torch.tensor(known, device=device)
+        elif reach:  # a token of padding does not see itself
+            padding = (~seen.diagonal(slots - tokens, 1, 2)).sum(-1)
+        else:
+            padding = seen[:, -1].int().argmax(-1)
+        column, own = (torch.arange(n, device=device) for n in (slots, tokens))
+        own = own[:, None] + slots - tokens
+        causal = (column <= own) & (column > own - (reach or slots))
+        same = (seen == (causal & (column >= padding[:, None, None]))).all() & ~mask[..., slots:].any()
+        if same:
             found = padding.tolist()
-    _looked_at = weakref.ref(whole), found
+    _looked_at[mask] = asked, found
     return found
 
 
@@ -302,24 +313,23 @@ def pyquant_attention(
 
     Without a :class:`KVCache` it is torch's ``scaled_dot_product_attention``.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError('the attention "pyquant" does not know learned attention sinks (s_aux)')
     layer: CacheLayer | None = getattr(key, "_pyquant_layer", None)
     if layer is None:
         return _torch_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     (k, v), layer.new = layer.new, None
-    kept, softcap, static = layer.kept, kwargs.get("softcap") or 0.0, layer.settings.static
+    kept, static, reach = layer.kept, layer.settings.static, kwargs.get("sliding_window") or 0
     if kept.filled and query.shape[2] <= MOST_AT_ONCE:
         why = _why_not(layer, query, attention_mask, **kwargs)
         if why is None:
             kept.add(k, v)
-            return kept.attend(query.transpose(1, 2), scaling, softcap), None
+            how = kwargs.get("softcap") or 0.0, reach, kwargs.get("s_aux")
+            return kept.attend(query.transpose(1, 2), scaling, *how), None
         if static and _in_graph(query):
             raise ValueError(f"this step over a static KV cache cannot be captured or compiled: {why}")
         layer.warn(why)
     padding = None
     if not kept.filled and attention_mask is not None:
-        padding = left_padding(attention_mask, kept if static else None)
+        padding = left_padding(attention_mask, reach, None, kept if static else None)
     before = kept.filled
     all_k, all_v = layer.store(k, v, padding)
     tokens, slots = query.shape[2], all_k.shape[2]
@@ -351,13 +361,13 @@ def _why_not(layer: CacheLayer, query: Tensor, mask: Tensor | None, **kwargs: An
             return f"there is no kernel for heads of {kept.size} channels in {query.dtype}"
         if rows > max_rows(kept.size) or kept.batch > MAX_BATCH:
             return f"there is no kernel for {rows} query rows a KV head and {kept.batch} sequences"
-    reach = kwargs.get("sliding_window")
-    longest = layer.settings.capacity if layer.settings.static else kept.length + query.shape[2]
-    if reach is not None and longest > reach:
-        return f"the text is longer than the layer's sliding window of {reach} tokens"
     if layer.settings.static and _in_graph(query):
         return None
-    padding = [0] * kept.batch if mask is None else left_padding(mask, kept if layer.settings.static else None)
+    static, reach = layer.settings.static, kwargs.get("sliding_window") or 0
+    if mask is None:
+        padding = [0] * kept.batch
+    else:
+        padding = left_padding(mask, reach, kept.padding if reach else None, kept if static else None)
     if padding != kept.padding:
         return "the attention mask is not that of the first call's padding on the left"
     return None
@@ -373,9 +383,9 @@ def _torch_attention(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """torch's own, or its equation in full where capped scores or weights are wanted."""
-    softcap = kwargs.get("softcap")
-    if not softcap and not kwargs.get("output_attentions"):
+    """torch's own, or its equation in full where capped scores, weights or sinks (``s_aux [Hq]``) are wanted."""
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if not softcap and sinks is None and not kwargs.get("output_attentions"):
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     groups, tokens, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -386,7 +396,10 @@ def _torch_attention(
         mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+    if sinks is not None:  # a score that no value belongs to
+        score = torch.cat([score, sinks.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:3], 1)], -1)
     weights = score.softmax(-1, dtype=torch.float32).nan_to_num().to(query.dtype)  # rows of padding see nothing
+    weights = weights[..., :slots]
     dropped = nn.functional.dropout(weights, dropout, module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), weights
 

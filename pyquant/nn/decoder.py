@@ -133,7 +133,7 @@ class Decoder:
             qkv[:, None], state.cos, state.sin, k, v, state.zero, state.behind, layer.q_norm, layer.k_norm, self.eps
         )
         kept.push(k, v)
-        return kept.attend(q, self.scaling).flatten(1)
+        return kept.attend(q, self.scaling, sliding_window=layer.window).flatten(1)
 
     def norm_after(self, i: int) -> Tensor:
         """Weight of the norm that follows layer i."""

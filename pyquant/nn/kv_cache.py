@@ -1,4 +1,4 @@
-"""The cache of one attention layer in mixed precision: a 16-bit prompt, 4-bit pages, a 16-bit window of the newest tokens.
+"""The cache of one attention layer in mixed precision: a 16-bit prompt, low-bit pages, a 16-bit window of the newest tokens.
 
 Where tokens go is decided by one rule, whether they come one by one or as a prompt: the first ``prompt_tokens`` of the first
 call stay in 16 bits; of the others the oldest 64 become a page as soon as ``window + 64`` or more are not in pages. The
@@ -16,7 +16,7 @@ from pyquant import reference
 from pyquant.formats.kv4 import PAGE, TILE, pack_pages, pack_tiles, page_bytes, unpack_tiles
 from pyquant.ops.attention_kv4 import append_kv4, attention_kv4
 
-BITS = (4, 16)
+BITS = (2, 3, 4, 8, 16)
 MOST_AT_ONCE = 8  # tokens that a ring has room for beside its window; more go through the way of a prompt
 VALUES_AT_ONCE = 1 << 24
 
@@ -26,7 +26,7 @@ class KVSettings:
     """How a cache keeps its tokens.
 
     Args:
-        bits: of the tokens between prompt and window: 4, or 16 to keep everything as it is.
+        bits: of the tokens between prompt and window: 2, 3, 4, 8, or 16 to keep everything as it is.
         prompt_tokens: how many of the first tokens stay in 16 bits; None for all of the first call.
         window: how many of the newest stay in 16 bits at least.
         capacity: tokens to allocate for at once, beyond the prompt; 0 grows as needed, by an eighth at a time.
@@ -45,7 +45,7 @@ class KVSettings:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise ValueError(f"bits={self.bits} of a KV cache must be 4, or 16 to keep everything as it is")
+            raise ValueError(f"bits={self.bits} of a KV cache must be 2, 3, 4, 8, or 16 to keep everything as it is")
         for name in ("prompt_tokens", "window", "capacity"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -77,12 +77,14 @@ class KVLayer:
         pages, ring = -(-settings.capacity // PAGE), settings.window + PAGE + MOST_AT_ONCE
         if settings.static:  # of all tokens the window's are in no page
             pages = max(0, settings.capacity - settings.window) // PAGE
+        self.bits = settings.bits if settings.bits < 16 else 4  # of pages; there are none of 16
         if settings.bits == 16:
             pages, ring = 0, max(settings.capacity, ring)
         kept = min(settings.prompt_tokens or 0, settings.capacity) if settings.static else 0
         self.prompt = self._empty(batch, -(-kept // TILE))
         self.window = self._empty(batch, -(-ring // TILE))
-        self.pages = torch.zeros(batch, kv_heads, pages, page_bytes(head_size), dtype=torch.uint8, device=device)
+        size = page_bytes(head_size, self.bits)
+        self.pages = torch.zeros(batch, kv_heads, pages, size, dtype=torch.uint8, device=device)
         self.segments = torch.zeros(batch, 3, dtype=torch.int32, device=device)
         self._held: list[tuple[int, int, int]] = [(0, 0, 0)] * batch
         self.filled = False  # tokens were given
@@ -215,7 +217,7 @@ class KVLayer:
             body = self._gather(
                 all_k, all_v, [b + PAGE * page for b in begins], [PAGE * step] * self.batch, PAGE * step
             )
-            packed = pack_pages(*body)
+            packed = pack_pages(*body, self.bits)
             for b, n in enumerate(new_pages):
                 here, at = max(0, min(step, n - page)), held[b][1] - n + page
                 self.pages[b, :, at : at + here] = packed[b, :, :here]
@@ -262,9 +264,19 @@ class KVLayer:
 
     # ---------------------------------------------------------------------------------------- tokens out
 
-    def attend(self, q: Tensor, scaling: float | None = None, softcap: float = 0.0) -> Tensor:
-        """Attention of the newest tokens ``q [B, T, Hq, D]``, which were added before: ``[B, T, Hq, D]``."""
-        return attention_kv4(q, self.prompt, self.pages, self.window, self.segments, scaling, softcap)[0]
+    def attend(
+        self,
+        q: Tensor,
+        scaling: float | None = None,
+        softcap: float = 0.0,
+        sliding_window: int = 0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the newest tokens ``q [B, T, Hq, D]``, which were added before: ``[B, T, Hq, D]``. The other arguments
+        are those of :func:`pyquant.ops.attention_kv4`."""
+        return attention_kv4(
+            q, self.prompt, self.pages, self.window, self.segments, scaling, softcap, False, sliding_window, sinks
+        )[0]
 
     def values(self) -> tuple[Tensor, Tensor]:
         """All tokens dequantized to the cache's dtype, ``[B, Hkv, length, D]`` each, padding as zeros."""

@@ -3,7 +3,7 @@
 The cache of one layer is four tensors, laid out by :mod:`pyquant.formats.kv4`::
 
     prompt   16 bit  [B or 1, Hkv, prompt tiles, 32 D]    the first tokens; one prompt for the batch where the size is 1
-    pages    uint8   [B, Hkv, page capacity, 68 D + 256]  64 tokens each, 4 bits a value
+    pages    uint8   [B, Hkv, page capacity, page bytes]  64 tokens each, 2, 3, 4 or 8 bits a value, as their size says
     window   16 bit  [B, Hkv, ring tiles, 32 D]           the newest tokens
     segments int32   [B, 3]                               prompt tokens, pages, length; read on the device
 
@@ -39,13 +39,13 @@ def _check_cache(op: str, x: Tensor, kv_heads: int, parts: dict[str, Tensor], se
     """The parts of a cache fit x ``[B, T, heads, D]`` and each other."""
     batch, size = x.shape[0], x.shape[3]
     check(size % 16 == 0 and size > 0, f"{op}: head size {size} must be a multiple of 16")
-    widths = {"prompt": kv4.tile_values(size), "pages": kv4.page_bytes(size), "window": kv4.tile_values(size)}
     for name, t in parts.items():
+        widths = [kv4.tile_values(size)] if name != "pages" else [kv4.page_bytes(size, bits) for bits in kv4.BITS]
         fits = t.dim() == 4 and (t.shape[0] == batch or (name == "prompt" and t.shape[0] == 1))
         check(
-            fits and t.shape[1] == kv_heads and t.shape[3] == widths[name],
-            f"{op}: {name} must be [{'1 or ' if name == 'prompt' else ''}{batch}, {kv_heads}, n, {widths[name]}] for head "
-            f"size {size}, got {tuple(t.shape)}",
+            fits and t.shape[1] == kv_heads and t.shape[3] in widths,
+            f"{op}: {name} must be [{'1 or ' if name == 'prompt' else ''}{batch}, {kv_heads}, n, "
+            f"{' or '.join(map(str, widths))}] for head size {size}, got {tuple(t.shape)}",
         )
         want = torch.uint8 if name == "pages" else x.dtype
         check(t.dtype == want, f"{op}: {name} must be {want}, not {t.dtype}")
@@ -74,7 +74,9 @@ def _declines_cache(x: Tensor, kv_heads: int, parts: tuple[Tensor, ...]) -> str 
 # ------------------------------------------------------------------------------------------------ attention
 
 
-def _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
+def _attention_fake(
+    q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks
+) -> tuple[Tensor, Tensor]:
     op = "attention_kv4"
     check(q.dim() == 4, f"{op}: q must be [B, T, Hq, D], got shape {tuple(q.shape)}")
     check_floats(op, "q", q)
@@ -85,6 +87,11 @@ def _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
         f"{op}: {heads} query heads do not divide over {kv_heads} KV heads",
     )
     check(softcap >= 0, f"{op}: softcap={softcap} must be 0 (none) or positive")
+    check(0 <= sliding_window < 1 << 30, f"{op}: sliding_window={sliding_window} must be 0 (none) or positive")
+    if sinks is not None:
+        check_floats(op, "sinks", sinks)
+        check(sinks.shape == (heads,), f"{op}: sinks must be [{heads}], one a query head, got {tuple(sinks.shape)}")
+        check_device(op, q, sinks=sinks)
     _check_cache(op, q, kv_heads, {"prompt": prompt, "pages": pages, "window": window}, segments)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
@@ -103,20 +110,24 @@ def _workspace_bytes(device: int, head_size: int) -> int:
     return extension().attention_kv4_workspace(head_size, count)
 
 
-def _attention_cuda(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
+def _attention_cuda(
+    q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks)
     if not out.numel():
         return out, lse
     batch, tokens, heads, size = q.shape
     if q.stride(3) != 1 or q.stride(2) != size or q.stride(0) % 2 or q.stride(1) % 2 or q.data_ptr() % 4:
         q = q.clone(memory_format=torch.contiguous_format)  # its values are read in pairs
+    sinks = None if sinks is None else sinks.float().contiguous()
     handle, device = stream(), q.device.index
     space = workspace("attention_kv4", device, handle, _workspace_bytes(device, size))
     extension().attention_kv4(
         q.data_ptr(), q.stride(0), q.stride(1), dtype_code(q.dtype), prompt.data_ptr(),
         0 if len(prompt) == 1 else prompt.stride(0), prompt.shape[2], pages.data_ptr(), pages.shape[2],
         window.data_ptr(), window.shape[2], segments.data_ptr(), out.data_ptr(), lse.data_ptr(), pointer(space),
-        scaling, softcap, batch, tokens, heads, window.shape[1], size, early, handle,
+        scaling, softcap, batch, tokens, heads, window.shape[1], size, early,
+        kv4.bits_of(pages.shape[3], size), sliding_window, 0 if sinks is None else sinks.data_ptr(), handle,
     )  # fmt: skip
     return out, lse
 
@@ -128,23 +139,29 @@ def _triton_declines(q, prompt, pages, window, *args) -> str | None:
     return None if rows <= MAX_TRITON_ROWS else f"{rows} query rows a KV head are more than {MAX_TRITON_ROWS}"
 
 
-def _attention_triton(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
+def _attention_triton(
+    q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks)
     if out.numel():
-        kernels("attention_kv4").attention_kv4(out, lse, q, prompt, pages, window, segments, scaling, softcap)
+        kernels("attention_kv4").attention_kv4(
+            out, lse, q, prompt, pages, window, segments, scaling, softcap, sliding_window, sinks
+        )
     return out, lse
 
 
-def _attention_torch(q, prompt, pages, window, segments, scaling, softcap, early) -> tuple[Tensor, Tensor]:
-    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early)
+def _attention_torch(
+    q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks
+) -> tuple[Tensor, Tensor]:
+    out, lse = _attention_fake(q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks)
     if not out.numel():
         return out, lse
-    return reference.attention_kv4(q, prompt, pages, window, segments, scaling, softcap, early)
+    return reference.attention_kv4(q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks)
 
 
 _attention = define(
     "attention_kv4(Tensor q, Tensor prompt, Tensor pages, Tensor window, Tensor segments, float scaling, float softcap, "
-    "bool early) -> (Tensor, Tensor)",
+    "bool early, int sliding_window, Tensor? sinks) -> (Tensor, Tensor)",
     fake=_attention_fake,
     backends={
         "cuda": Backend(_attention_cuda, _attention_declines),
@@ -163,6 +180,8 @@ def attention_kv4(
     scaling: float | None = None,
     softcap: float = 0.0,
     early: bool = False,
+    sliding_window: int = 0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the newest T tokens of each sequence over a cache in mixed precision, in one launch.
 
@@ -178,23 +197,28 @@ def attention_kv4(
         scaling: factor of the scores, ``D ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for none.
         early: promises that the cache was final before the kernel ahead of this one began (which may still write q).
+        sliding_window: each token attends to so many of the newest tokens up to itself, itself among them; 0 for all. Pages
+            and tiles that no query token sees are not read.
+        sinks: ``[Hq]``, learned logits in the denominator as gpt-oss has them: a score for each query head that no value
+            belongs to, taken as it is (neither scaled nor bent). fp32 saves a conversion.
 
     Returns:
-        out ``[B, T, Hq, D]`` in q's dtype, and the natural logarithm of the sum of exponentials, fp32 ``[B, T, Hq]``.
+        out ``[B, T, Hq, D]`` in q's dtype, and the natural logarithm of the sum of exponentials, the sink's among them, fp32
+        ``[B, T, Hq]``.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or when a gradient is wanted.
     """
-    check_no_grad("attention_kv4", q, prompt, window)
-    run = _attention.overload if needs_torch(q, prompt, window) else _attention.call
+    check_no_grad("attention_kv4", q, prompt, window, sinks)
+    run = _attention.overload if needs_torch(q, prompt, window, sinks) else _attention.call
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    return run(q, prompt, pages, window, segments, scaling, softcap, early)
+    return run(q, prompt, pages, window, segments, scaling, softcap, early, sliding_window, sinks)
 
 
 # ------------------------------------------------------------------------------------------------ append
 
 
-def _append_fake(k, v, pages, window, segments, keep) -> None:
+def _append_fake(k, v, pages, window, segments, keep, cos, sin) -> None:
     op = "append_kv4"
     check(k.dim() == 4, f"{op}: k must be [B, T, Hkv, D], got shape {tuple(k.shape)}")
     check_floats(op, "k", k)
@@ -211,40 +235,54 @@ def _append_fake(k, v, pages, window, segments, keep) -> None:
         keep + kv4.PAGE - 1 + tokens <= ring or keep < 0,
         f"{op}: a ring of {ring} tokens cannot keep {keep}, wait for a page of {kv4.PAGE} and take {tokens} new ones",
     )
+    check((cos is None) == (sin is None), f"{op}: cos and sin come together or not at all")
+    if cos is not None:
+        shapes = ((k.shape[0], tokens, k.shape[3]), (1, tokens, k.shape[3]))
+        for name, t in (("cos", cos), ("sin", sin)):
+            check(
+                tuple(t.shape) in shapes and t.dtype in (k.dtype, torch.float32),
+                f"{op}: {name} must be {k.dtype} or float32 {shapes[0]} or {shapes[1]}, got {t.dtype} {tuple(t.shape)}",
+            )
+        check(cos.dtype == sin.dtype and cos.shape == sin.shape, f"{op}: cos and sin must be alike")
+        check_device(op, k, cos=cos, sin=sin)
 
 
 def _append_declines(k, v, pages, window, *args) -> str | None:
     return _declines_cache(k, k.shape[2], (pages, window))
 
 
-def _append_cuda(k, v, pages, window, segments, keep) -> None:
-    _append_fake(k, v, pages, window, segments, keep)
+def _append_cuda(k, v, pages, window, segments, keep, cos, sin) -> None:
+    _append_fake(k, v, pages, window, segments, keep, cos, sin)
     if not k.numel():
         return
     handle = stream()
     space = workspace("append_kv4", k.device.index, handle, 4 * extension().append_kv4_batch)
     batch, tokens, kv_heads, size = k.shape
+    if cos is not None:
+        cos, sin = (t.contiguous() for t in (cos, sin))
     extension().append_kv4(
         k.data_ptr(), k.stride(), v.data_ptr(), v.stride(), dtype_code(k.dtype), pages.data_ptr(), pages.shape[2],
         window.data_ptr(), window.shape[2], segments.data_ptr(), pointer(space), batch, tokens, kv_heads, size, keep,
-        handle,
+        kv4.bits_of(pages.shape[3], size), 0 if cos is None else cos.data_ptr(), 0 if sin is None else sin.data_ptr(),
+        0 if cos is None or len(cos) == 1 else tokens * size, cos is not None and cos.dtype == torch.float32, handle,
     )  # fmt: skip
 
 
-def _append_triton(k, v, pages, window, segments, keep) -> None:
-    _append_fake(k, v, pages, window, segments, keep)
+def _append_triton(k, v, pages, window, segments, keep, cos, sin) -> None:
+    _append_fake(k, v, pages, window, segments, keep, cos, sin)
     if k.numel():
-        kernels("append_kv4").append_kv4(k, v, pages, window, segments, keep)
+        kernels("append_kv4").append_kv4(k, v, pages, window, segments, keep, cos, sin)
 
 
-def _append_torch(k, v, pages, window, segments, keep) -> None:
-    _append_fake(k, v, pages, window, segments, keep)
+def _append_torch(k, v, pages, window, segments, keep, cos, sin) -> None:
+    _append_fake(k, v, pages, window, segments, keep, cos, sin)
     if k.numel():
-        reference.append_kv4(k, v, pages, window, segments, keep)
+        reference.append_kv4(k, v, pages, window, segments, keep, cos, sin)
 
 
 _append = define(
-    "append_kv4(Tensor k, Tensor v, Tensor(a!) pages, Tensor(b!) window, Tensor(c!) segments, int keep) -> ()",
+    "append_kv4(Tensor k, Tensor v, Tensor(a!) pages, Tensor(b!) window, Tensor(c!) segments, int keep, "
+    "Tensor? cos, Tensor? sin) -> ()",
     fake=_append_fake,
     backends={
         "cuda": Backend(_append_cuda, _append_declines),
@@ -254,22 +292,34 @@ _append = define(
 )
 
 
-def append_kv4(k: Tensor, v: Tensor, pages: Tensor, window: Tensor, segments: Tensor, keep: int) -> None:
+def append_kv4(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    window: Tensor,
+    segments: Tensor,
+    keep: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
     """New tokens into the window of a cache, and a page packed from its oldest 64 where it then holds ``keep + 64`` or more.
 
     One launch that reads and updates segments on the device: the host never waits, and a captured graph can hold it. The page
     equals :func:`pyquant.formats.kv4.pack_pages` of the same tokens bit for bit.
 
     Args:
-        k, v: ``[B, T, Hkv, D]`` bf16 or fp16 (fp32 runs in plain torch), T up to 64, any strides; keys rotated, finite.
+        k, v: ``[B, T, Hkv, D]`` bf16 or fp16 (fp32 runs in plain torch), T up to 64, any strides, finite; keys rotated,
+            unless cos and sin are given.
         pages, window, segments: the cache, written in place; see the head of this file.
         keep: tokens that the window keeps at least, or -1 to pack nothing. The ring must hold ``keep + 63 + T`` tokens. That a
             page is left (and, for -1, room in the ring) is up to the caller: plain torch raises, the kernel packs nothing and
             the window overwrites itself.
+        cos, sin: ``[B or 1, T, D]`` in k's dtype or fp32, to rotate keys by, as Llama does: ``k cos + (-k_high, k_low) sin``,
+            in fp32 and rounded once (so not the same bits as three operations in 16 bits).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or when a gradient is wanted.
     """
-    check_no_grad("append_kv4", k, v)
+    check_no_grad("append_kv4", k, v, cos, sin)
     run = _append.overload if needs_torch(k, v) else _append.call
-    run(k, v, pages, window, segments, keep)
+    run(k, v, pages, window, segments, keep, cos, sin)

@@ -43,12 +43,16 @@ def attention_kv4(
     scaling: float,
     softcap: float,
     early: bool,
+    sliding_window: int = 0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The newest T tokens' attention: ``(out [B, T, Hq, D], log-sum-exp fp32 [B, T, Hq])``.
 
-    Token t of them stands at position ``length - T + t`` and attends to positions up to its own. A positive softcap bends
-    scores to ``softcap * tanh(score / softcap)``. A sequence of length 0 gives zeros and -inf. ``early`` only matters to
-    the CUDA kernel.
+    Token t of them stands at position ``length - T + t`` and attends to positions up to its own; with a positive
+    sliding_window S only to the newest S of those, its own among them. A positive softcap bends scores to
+    ``softcap * tanh(score / softcap)``. ``sinks [Hq]`` are one more score for each query head, beside no value: they add to
+    the sum of exponentials (softcap does not bend them). A sequence of length 0 gives zeros and -inf. ``early`` only
+    matters to the CUDA kernel.
     """
     batch, tokens, heads, size = q.shape
     out, lse = torch.zeros_like(wide(q)), wide(q).new_full((batch, tokens, heads), -torch.inf)
@@ -63,17 +67,48 @@ def attention_kv4(
         if softcap > 0:
             score = softcap * torch.tanh(score / softcap)
         at = torch.arange(length, device=q.device)
-        newer = at > length - tokens + torch.arange(tokens, device=q.device)[:, None]
-        score = score.masked_fill(newer[:, None, None], -torch.inf)
-        lse[b] = score.logsumexp(-1).flatten(1)
-        out[b] = torch.einsum("thgl,hld->thgd", score.softmax(-1), v).flatten(1, 2)
+        own = length - tokens + torch.arange(tokens, device=q.device)[:, None]
+        hidden = (at > own) | (at <= own - (sliding_window or length))
+        score = score.masked_fill(hidden[:, None, None], -torch.inf)
+        total = score.logsumexp(-1)
+        if sinks is not None:
+            total = torch.logaddexp(total, wide(sinks).to(total.dtype).view(total.shape[1:]))
+        lse[b] = total.flatten(1)
+        out[b] = torch.einsum("thgl,hld->thgd", (score - total[..., None]).exp(), v).flatten(1, 2)
     return out.to(q.dtype), lse.float() if q.dtype != torch.float64 else lse
 
 
-def append_kv4(k: Tensor, v: Tensor, pages: Tensor, window: Tensor, segments: Tensor, keep: int) -> None:
-    """T new tokens ``k, v [B, T, Hkv, D]`` into the window, in place; then, where it holds ``keep + 64`` or more, its oldest
-    64 into the next page, quantized as :func:`pyquant.formats.kv4.quantize_page` says. Nothing is packed for keep = -1.
+def rotate_keys(k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of keys, as Llama stores its heads: ``k cos + (-k_high, k_low) sin`` in fp32, rounded once.
+
+    Args:
+        k: ``[B, T, Hkv, D]``.
+        cos, sin: ``[B or 1, T, D]``.
+
+    Returns:
+        ``[B, T, Hkv, D]`` in k's dtype.
     """
+    low, high = wide(k).chunk(2, -1)
+    turned = torch.cat([-high, low], -1)
+    return (wide(k) * wide(cos).unsqueeze(2) + turned * wide(sin).unsqueeze(2)).to(k.dtype)
+
+
+def append_kv4(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    window: Tensor,
+    segments: Tensor,
+    keep: int,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> None:
+    """T new tokens ``k, v [B, T, Hkv, D]`` into the window, in place; then, where it holds ``keep + 64`` or more, its oldest
+    64 into the next page, of as many bits as the pages are, quantized as :func:`pyquant.formats.kv4.quantize_page` says.
+    Nothing is packed for keep = -1. Keys are rotated before, where cos and sin are given (:func:`rotate_keys`).
+    """
+    if cos is not None and sin is not None:
+        k = rotate_keys(k, cos, sin)
     tokens, ring, d = k.shape[1], kv4.TILE * window.shape[2], k.shape[3]
     held = [length - kept - kv4.PAGE * full for kept, full, length in segments.tolist()]
     pack = [keep >= 0 and w + tokens >= keep + kv4.PAGE for w in held]
@@ -94,6 +129,7 @@ def append_kv4(k: Tensor, v: Tensor, pages: Tensor, window: Tensor, segments: Te
     for b, full in enumerate(segments[:, 1].tolist()):
         if pack[b]:
             oldest = (torch.arange(kv4.PAGE, device=k.device) + kv4.PAGE * full) % ring
-            pages[b, :, full] = kv4.pack_pages(*(values[b][:, oldest] for values in late))[:, 0]
+            old_k, old_v = (values[b][:, oldest] for values in late)
+            pages[b, :, full] = kv4.pack_pages(old_k, old_v, kv4.bits_of(pages.shape[3], d))[:, 0]
             segments[b, 1] += 1
     segments[:, 2] += tokens
