@@ -90,8 +90,10 @@ def generate(
     kept = None if kv_bits is None else kv_settings(kv_bits, kv_prompt or "128", kv_window)
     with Progress():
         loaded, tokenizer, _ = load_any(model, device, dtype)
-    if loaded.device.type == "cuda" and kept is None:
-        prepare_for_inference(loaded)
+    if loaded.device.type == "cuda":
+        how = {"kv_bits": kept.bits, "kv_prompt_tokens": kept.prompt_tokens, "kv_window": kept.window} if kept else {}
+        prepare_for_inference(loaded, **how)
+        kept = None if "generate" in vars(loaded) else kept  # the captured step keeps its own cache
     streamer = token_streamer(tokenizer) if sys.stdout.isatty() else None
     text = run(loaded, tokenizer, prompt, max_new_tokens or 64, temperature, seed, streamer, kept)
     if streamer is None:
