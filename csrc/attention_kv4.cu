@@ -7,6 +7,21 @@ int64_t attention_kv4_workspace(int64_t head_size, int multiprocessors) {
     return kCounters * 4 + int64_t{2} * 2 * multiprocessors * 32 * (head_size + 2) * 4;
 }
 
+int64_t attention_kv4_shared(int64_t bits, int64_t head_size, int64_t rows) {
+    size_t bytes = 0;
+    with_head_size(head_size, "attention_kv4", [&](auto size) {
+        constexpr int kSize = decltype(size)::value;
+        with_rows<kSize>(rows, [&](auto nt) {
+            constexpr int kNt = decltype(nt)::value;
+            bytes = bits == 2   ? sizeof(Shared<__half, kSize, kNt, 2>)
+                    : bits == 3 ? sizeof(Shared<__half, kSize, kNt, 3>)
+                    : bits == 4 ? sizeof(Shared<__half, kSize, kNt, 4>)
+                                : sizeof(Shared<__half, kSize, kNt, 8>);
+        });
+    });
+    return static_cast<int64_t>(bytes);
+}
+
 void attention_kv4(const Kv4Arguments& a, cudaStream_t stream) {
     if (a.batch == 0 || a.tokens == 0) return;
     const int64_t group = a.kv_heads ? a.heads / a.kv_heads : 0, rows = group * a.tokens, d = a.head_size;

@@ -11,8 +11,10 @@
 //
 //     sequence 0, head 0: prompt tiles | pages | window tiles   head 1: ...   sequence 1, head 0: ...
 //
-// of which each block takes an equal run, and of its part of a head each warp takes every kWarps-th unit, through its
-// own ring of cp.async stages: no barrier but at the end of a head. Ragged batches balance by themselves.
+// of which each block takes a run, and of its part of a head each warp takes every kWarps-th unit, through its own ring
+// of stages that the copy engine (before sm_90 cp.async) fills: no barrier but at the end of a head. Runs end with
+// heads where that costs little and are equal shares otherwise, so ragged batches balance by themselves. Half a page is
+// a unit where there is so little work that every warp then has one.
 //
 // **Products.** The cache is the A operand of mma.m16n8k16 and the G Tq query rows of a KV head are the columns of B,
 // so no row is wasted on missing heads: S^T [16 tokens, rows] = K Q^T, then O^T [D, rows] += V^T P^T, where a tile of
@@ -73,11 +75,13 @@ struct Shape {
     static constexpr int kCodeBytes = 8 * BITS * D, kKBytes = kCodeBytes + 4 * D,
                          kVBytes = kCodeBytes + 4 * kPageTokens;
     static constexpr int kTileBytes = 32 * D, kStageBytes = std::max({kKBytes, kVBytes, kTileBytes});
-    static constexpr int kStages = kStageBytes > 3072 ? 2 : 4;
+    static constexpr int kStages = kStageBytes >= 3072 ? 2 : 4;
     static constexpr int kWarps = D > 128 && (NT > 1 || BITS > 4) ? 4 : 8;
     // On a multiprocessor, so that the next call fits beside.
     static constexpr int kBlocks = NT == 1 && D <= 128 && BITS <= 4 ? 2 : 1;
     static constexpr int kThreads = 32 * kWarps, kHalf = kWarps / 2;
+    // Whether a page can be two units: never, where there is little work, always (many rows need many registers).
+    static constexpr int kHalves = Codes<BITS>::kSpan > 2 ? 0 : NT * kPieces >= 20 ? 2 : 1;
     static constexpr int kSumRow = D + 4;
     static constexpr int kPart =
         kRows * (D + 2);  // floats that a block leaves of a head: the output, then maximum and sum
@@ -125,8 +129,9 @@ struct Warp {
 
     // The next half unit, K or V, to a stage.
     __device__ void fetch(int warp, int stage) const {
-        const unsigned char* from = nullptr;
-        int bytes = 0;
+        // Two pieces of memory: of half a page its codes, and the numbers of the whole.
+        const unsigned char *from = nullptr, *numbers = nullptr;
+        int bytes = 0, to = 0, number_bytes = 0;
         if (lane == 0) {
             Ahead& ahead = shared.ahead[warp];
             while (ahead.more && ahead.unit >= ahead.walk.stop) {
@@ -135,13 +140,21 @@ struct Warp {
             }
             if (ahead.more) {
                 const Segments s = shared.list.segments[ahead.walk.b];
+                const int halves = S::kHalves ? shared.list.halves : 0;
                 const int64_t b = ahead.walk.b, head = ahead.walk.head, of_all = b * call.kv_heads + head;
-                const int unit = ahead.unit + s.skip, body = unit - s.prompt_tiles(), late = body - s.pages;
+                const int unit = ahead.unit + s.skip, body = unit - s.prompt_tiles(), late = body - (s.pages << halves);
                 const bool v = ahead.v;
                 if (body >= 0 && late < 0) {
                     from = call.pages + (v ? S::kKBytes : 0) +
-                           (of_all * call.page_capacity + body) * (S::kKBytes + S::kVBytes);
+                           (of_all * call.page_capacity + (body >> halves)) * (S::kKBytes + S::kVBytes);
                     bytes = v ? S::kVBytes : S::kKBytes;
+                    if (halves) {
+                        numbers = from + S::kCodeBytes;
+                        number_bytes = bytes - S::kCodeBytes;
+                        bytes = S::kCodeBytes / 2;
+                        to = body % 2 * bytes;
+                        from += to;
+                    }
                 } else {
                     const int tile = (kPageTokens / kTileTokens * s.pages + late) % call.ring_tiles;
                     const T* tiles =
@@ -153,16 +166,28 @@ struct Warp {
                 if (v) ahead.unit += S::kWarps;
                 ahead.v = !v;
 #if __CUDA_ARCH__ >= 900
-                ptx::barrier_expect(&shared.full[warp][stage], bytes);
-                ptx::copy_bulk(shared.ring[warp][stage], from, bytes, &shared.full[warp][stage]);
+                unsigned char* const ring = shared.ring[warp][stage];
+                ptx::barrier_expect(&shared.full[warp][stage], bytes + number_bytes);
+                ptx::copy_bulk(ring + to, from, bytes, &shared.full[warp][stage]);
+                if (number_bytes) {
+                    ptx::copy_bulk(ring + S::kCodeBytes, numbers, number_bytes, &shared.full[warp][stage]);
+                }
 #endif
             }
         }
 #if __CUDA_ARCH__ < 900
-        from = reinterpret_cast<const unsigned char*>(
-            __shfl_sync(0xffffffff, reinterpret_cast<unsigned long long>(from), 0));
-        bytes = __shfl_sync(0xffffffff, bytes, 0);
-        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async<16>(shared.ring[warp][stage] + i, from + i);
+        const auto of_first = [](const unsigned char* p) {
+            return reinterpret_cast<const unsigned char*>(
+                __shfl_sync(0xffffffff, reinterpret_cast<unsigned long long>(p), 0));
+        };
+        from = of_first(from), numbers = of_first(numbers);
+        bytes = __shfl_sync(0xffffffff, bytes, 0), to = __shfl_sync(0xffffffff, to, 0);
+        number_bytes = __shfl_sync(0xffffffff, number_bytes, 0);
+        unsigned char* const ring = shared.ring[warp][stage];
+        for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async<16>(ring + to + i, from + i);
+        for (int i = 16 * lane; i < number_bytes; i += 512) {
+            ptx::copy_async<16>(ring + S::kCodeBytes + i, numbers + i);
+        }
         ptx::copy_async_commit();
 #endif
     }
@@ -280,20 +305,23 @@ struct Warp {
         }
     }
 
-    // A page of 64 tokens, likewise.
-    template <typename F>
-    __device__ void page(const unsigned char* memory, F&& next, int position, int limit, const Codes<BITS>& codes) {
+    // A page of 64 tokens, likewise, or half of one: BLOCKS blocks of 16 tokens from block 2 `half` on.
+    template <int BLOCKS, typename F>
+    __device__ void page(const unsigned char* memory, F&& next, int half, int position, int limit,
+                         const Codes<BITS>& codes) {
         using C = Codes<BITS>;
         const auto* k_scale = reinterpret_cast<const __half*>(memory + S::kCodeBytes) + 4 * t;
         const __half* k_zero = k_scale + D;
         const uint32_t minus_near = both(-1 / C::kNearBy), minus_far = both(-1 / C::kFarBy);
 
-        float score[NT][4][4] = {}, shift[NT][4] = {};
+        float score[NT][BLOCKS][4] = {}, shift[NT][4] = {};
         const auto scores = [&](auto first_piece, auto count) {
             constexpr int kFirst = decltype(first_piece)::value, kCount = decltype(count)::value;
-            typename C::template Words<kCount> words[4 / C::kSpan];
+            typename C::template Words<kCount> words[BLOCKS / C::kSpan];
 #pragma unroll
-            for (int b = 0; b < 4; b += C::kSpan) C::template load<D, kFirst>(words[b / C::kSpan], memory, b, lane);
+            for (int b = 0; b < BLOCKS; b += C::kSpan) {
+                C::template load<D, kFirst>(words[b / C::kSpan], memory + half * (S::kCodeBytes / 2), b, lane);
+            }
 #pragma unroll
             for (int r = 0; r < kCount; ++r) {
                 const int j = kFirst + r;
@@ -310,7 +338,7 @@ struct Warp {
                     ptx::mma_m16n8k16(shift[n], {zx, zx, zy, zy}, q[n], __half{});
                 }
 #pragma unroll
-                for (int b = 0; b < 4; ++b) {
+                for (int b = 0; b < BLOCKS; ++b) {
                     uint32_t a[4];
                     codes.expand(a, words[b / C::kSpan], r, b);
 #pragma unroll
@@ -323,18 +351,18 @@ struct Warp {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
-            for (int b = 0; b < 4; ++b) {
+            for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) score[n][b][e] = C::kGain * score[n][b][e] + C::kGain * shift[n][e];
             }
         }
-        soften(score, position, limit, position + kPageTokens);
+        soften(score, position, limit, position + 16 * BLOCKS);
 
-        const auto* v_scale = reinterpret_cast<const __half*>(values + S::kCodeBytes);
+        const auto* v_scale = reinterpret_cast<const __half*>(values + S::kCodeBytes) + half * (kPageTokens / 2);
         const __half* v_zero = v_scale + kPageTokens;
         const uint32_t minus_one = both(-1.0f);
 #pragma unroll
-        for (int first = 0; first < 4; first += C::kSpan) {
+        for (int first = 0; first < BLOCKS; first += C::kSpan) {
             uint32_t p[C::kSpan][NT][2], near[C::kSpan], far[C::kSpan];
 #pragma unroll
             for (int i = 0; i < C::kSpan; ++i) {
@@ -354,7 +382,7 @@ struct Warp {
             const auto output = [&](auto first_piece, auto count) {
                 constexpr int kFirst = decltype(first_piece)::value, kCount = decltype(count)::value;
                 typename C::template Words<kCount> words;
-                C::template load<D, kFirst>(words, values, first, lane);
+                C::template load<D, kFirst>(words, values + half * (S::kCodeBytes / 2), first, lane);
 #pragma unroll
                 for (int r = 0; r < kCount; ++r) {
 #pragma unroll
@@ -494,19 +522,37 @@ __device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>&
     const auto part_of = [&](int other) {
         return call.parts + static_cast<int64_t>(first_block + other) * 2 * S::kPart + (other ? 0 : skip);
     };
+    // Neighbouring threads share the parts of one place of the output. The first of them are on their way while the
+    // weights of parts are computed.
+    const int items = rows * (D / 4);
+    int ways = 1;
+    while (2 * ways * items <= kThreads && ways < 32) ways *= 2;
+    const int way = threadIdx.x % ways;
+    constexpr int kAtOnce = 12;
+    float4 v[kAtOnce];
+    const auto load = [&](int first, int from) {
+        const int i = min(first + static_cast<int>(threadIdx.x) / ways, items - 1), row = i / (D / 4);
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            const float* const part = part_of(min(from + u * ways, count - 1));
+            v[u] = __ldcg(reinterpret_cast<const float4*>(part + row * D + i % (D / 4) * 4));
+        }
+    };
+    load(0, way);
     auto* const factors = reinterpret_cast<float (*)[S::kRows]>(shared.meet);
     for (int row = warp; row < rows; row += S::kWarps) {
         const auto of = [&](int other) {
             return __ldcg(reinterpret_cast<const float2*>(part_of(other) + S::kRows * D + 2 * row));
         };
-        float highest = kNothing, weight = 0.0f;
-        for (int other = lane; other < count; other += 32) highest = fmaxf(highest, of(other).x);
+        const float2 own = lane < count ? of(lane) : make_float2(kNothing, 0.0f);
+        float highest = own.x, weight = 0.0f;
+        for (int other = lane + 32; other < count; other += 32) highest = fmaxf(highest, of(other).x);
 #pragma unroll
         for (int by = 16; by > 0; by /= 2) {
             highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, by));
         }
         for (int other = lane; other < count; other += 32) {
-            const float2 part = of(other);
+            const float2 part = other == lane ? own : of(other);
             factors[other][row] = ptx::exp2_approx(part.x - highest);
             weight += factors[other][row] * part.y;
         }
@@ -514,23 +560,12 @@ __device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>&
         if (lane == 0) shared.most[0][row] = highest, shared.total[0][row] = weight;
     }
     __syncthreads();
-    // Neighbouring threads share the parts of one place of the output.
-    const int items = rows * (D / 4);
-    int ways = 1;
-    while (2 * ways * items <= kThreads && ways < 32) ways *= 2;
-    const int way = threadIdx.x % ways;
     for (int first = 0; first < items; first += kThreads / ways) {
         const int i = first + threadIdx.x / ways;
         const int row = min(i, items - 1) / (D / 4), d = i % (D / 4) * 4;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        constexpr int kAtOnce = 8;
         for (int from = way; from < count; from += kAtOnce * ways) {
-            float4 v[kAtOnce];
-#pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                const int other = min(from + u * ways, count - 1);
-                v[u] = __ldcg(reinterpret_cast<const float4*>(part_of(other) + row * D + d));
-            }
+            if (first || from != way) load(first, from);
 #pragma unroll
             for (int u = 0; u < kAtOnce; ++u) {
                 const int other = from + u * ways;
@@ -561,17 +596,14 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     const int group = call.heads / call.kv_heads, rows = group * call.tokens;
     if (!call.early) ptx::wait_for_predecessor();
 
-    if (warp == 0) {
-        for (int b = lane; b < call.batch; b += 32) {
-            shared.list.segments[b] = Segments::read(call.segments + 3 * b, call.reach + call.tokens - 1);
-        }
-        __syncwarp();
-        const int padded = shared.list.count(lane, call.batch, call.kv_heads, S::kWarps);
-        if (padded > static_cast<int>(gridDim.x) * S::kWarps) shared.list.count(lane, call.batch, call.kv_heads, 1);
+    for (int b = threadIdx.x; b < call.batch; b += kThreads) {
+        shared.list.segments[b] = Segments::read(call.segments + 3 * b, call.reach + call.tokens - 1);
     }
     __syncthreads();
-    const int units = shared.list.ends[call.batch - 1];
-    const int blocks = min(static_cast<int>(gridDim.x), (units + S::kWarps - 1) / S::kWarps);
+    shared.list.template plan<S::kWarps, S::kHalves>(warp, lane, call.batch, call.kv_heads,
+                                                     static_cast<int>(gridDim.x));
+    const int units = shared.list.ends[call.batch - 1], run = shared.list.run;
+    const int blocks = run > 1 ? units / run : min(static_cast<int>(gridDim.x), (units + S::kWarps - 1) / S::kWarps);
     const int block = blockIdx.x;
     if (block == gridDim.x - 1) {  // sequences without tokens: zeros
         for (int b = 0; b < call.batch; ++b) {
@@ -647,9 +679,16 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
                 return arrived();
             };
             const Segments of = shared.list.segments[walk.b];
-            const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - of.pages;
+            const int halves = S::kHalves ? shared.list.halves : 0;
+            const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - (of.pages << halves);
             if (body >= 0 && late < 0) {
-                mine.page(keys, next, of.prompt + kPageTokens * body, of.length, codes);
+                if (S::kHalves == 2 || (S::kHalves == 1 && halves)) {
+                    mine.template page<S::kHalves ? 2 : 4>(keys, next, body % 2, of.prompt + kPageTokens / 2 * body,
+                                                           of.length, codes);
+                } else {
+                    mine.template page<S::kHalves == 2 ? 2 : 4>(keys, next, 0, of.prompt + kPageTokens * body,
+                                                                of.length, codes);
+                }
             } else {
                 const int position = body < 0 ? kTileTokens * at : of.window_start() + kTileTokens * late;
                 mine.tile(keys, next, position, of.length, body < 0 ? of.prompt : of.length);
@@ -709,6 +748,7 @@ template <typename T, int D, int NT, int BITS>
 void launch(const Call<T>& call, cudaStream_t stream) {
     using S = Shape<D, NT, BITS>;
     constexpr auto kernel = attention_kv4_kernel<T, D, NT, BITS>;
+    static_assert(S::kBlocks * (sizeof(Shared<T, D, NT, BITS>) + 1024) <= 228 << 10, "a multiprocessor of sm_90");
     allow_shared_memory<kernel>("attention_kv4");
     const Device device = current_device();
     // As many blocks as fit, while the last of a head can hold a factor for each.
@@ -718,11 +758,12 @@ void launch(const Call<T>& call, cudaStream_t stream) {
                         sizeof(Shared<T, D, NT, BITS>), 1, device.major, stream, call);
 }
 
-template <int BITS, typename T, int D>
-void with_rows(const Call<T>& call, int64_t rows, cudaStream_t stream) {
-    if (rows <= 8) return launch<T, D, 1, BITS>(call, stream);
-    if (rows <= 16) return launch<T, D, 2, BITS>(call, stream);
-    if constexpr (D <= 128) return launch<T, D, 4, BITS>(call, stream);
+// f with how many times 8 rows there are, as a compile-time constant.
+template <int D, typename F>
+void with_rows(int64_t rows, F&& f) {
+    if (rows <= 8) return f(std::integral_constant<int, 1>{});
+    if (rows <= 16) return f(std::integral_constant<int, 2>{});
+    if constexpr (D <= 128) f(std::integral_constant<int, 4>{});
 }
 
 // A call over pages of one width.
@@ -757,7 +798,10 @@ void attention_of(const Kv4Arguments& a, cudaStream_t stream) {
                            static_cast<int>(a.sliding_window ? a.sliding_window : 1 << 30),
                            a.early};
         const int64_t rows = a.heads / a.kv_heads * a.tokens;
-        const auto with_size = [&](auto size) { with_rows<BITS, T, decltype(size)::value>(call, rows, stream); };
+        const auto with_size = [&](auto size) {
+            constexpr int kSize = decltype(size)::value;
+            with_rows<kSize>(rows, [&](auto nt) { launch<T, kSize, decltype(nt)::value, BITS>(call, stream); });
+        };
         with_head_size(a.head_size, "attention_kv4", with_size);
     };
     a.dtype == 0 ? run(__nv_bfloat16{}) : run(__half{});

@@ -308,6 +308,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention_kv4", &attention_kv4);
     m.def("attention_kv4_workspace", &pyquant::attention_kv4_workspace, py::arg("head_size"),
           py::arg("multiprocessors"));
+    m.def("attention_kv4_shared", &pyquant::attention_kv4_shared, py::arg("bits"), py::arg("head_size"),
+          py::arg("rows"));
     m.def("append_kv4", &append_kv4);
     m.attr("append_kv4_batch") = pyquant::kKv4AppendBatch;
     m.def("greedy_append", &greedy_append);

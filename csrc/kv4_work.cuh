@@ -9,41 +9,84 @@ namespace {
 constexpr int kPageTokens = 64, kTileTokens = 16;
 constexpr int kMaxBatch = 256;
 
-// Of one sequence. `skip`: so many of its first units are older than what a query sees (a sliding window).
+// Of one sequence. Pages are one unit each, or two (halves 1). `skip`: so many of its first units are older than what a
+// query sees (a sliding window).
 struct alignas(16) Segments {
     int prompt, pages, length, skip;
     __device__ int prompt_tiles() const { return (prompt + kTileTokens - 1) / kTileTokens; }
     __device__ int window_start() const { return prompt + kPageTokens * pages; }
     __device__ int window_tiles() const { return (length - window_start() + kTileTokens - 1) / kTileTokens; }
-    __device__ int units() const { return length <= 0 ? 0 : prompt_tiles() + pages + window_tiles() - skip; }
+    __device__ int units(int halves) const {
+        return length <= 0 ? 0 : prompt_tiles() + (pages << halves) + window_tiles() - skip;
+    }
 
-    // As they lie at `from`; queries see nothing before position `length - reach`.
+    // As they lie at `from`, for halves; queries see nothing before position `length - reach`.
     __device__ static Segments read(const int* from, int reach) {
         Segments s{ptx::load_int(from), ptx::load_int(from + 1), ptx::load_int(from + 2), 0};
         const int first = max(s.length - reach, 0), in_body = first - s.prompt, in_window = first - s.window_start();
         if (in_body < 0) {
             s.skip = first / kTileTokens;
         } else if (in_window < 0) {
-            s.skip = s.prompt_tiles() + in_body / kPageTokens;
+            s.skip = s.prompt_tiles() + in_body / (kPageTokens / 2);
         } else {
-            s.skip = s.prompt_tiles() + s.pages + in_window / kTileTokens;
+            s.skip = s.prompt_tiles() + 2 * s.pages + in_window / kTileTokens;
         }
         return s;
     }
+    // From halves to whole pages.
+    __device__ void join_halves() {
+        const int in_body = min(skip - prompt_tiles(), 2 * pages);
+        if (in_body > 0) skip -= in_body - in_body / 2;
+    }
 };
 
-// The list of all units: where those of each sequence end. Where a run of kWarps units for every block is enough, heads
-// are padded to whole runs, so that no block has to work on two of them, one after the other.
+// The list of all units: where those of each sequence end. Heads are padded to whole runs of blocks where that costs
+// little, so that no block has to work on two of them, one after the other.
 struct List {
     int ends[kMaxBatch];
     Segments segments[kMaxBatch];
-    int run;  // what the units of a head are rounded up to: kWarps, or 1
-    __device__ int units(const Segments& s) const { return (s.units() + run - 1) / run * run; }
+    int halves;  // whether a page is two units
+    int run;     // what the units of a head are rounded up to; 1: blocks take equal shares, whatever head
+    int runs[32];
+    __device__ int units(const Segments& s) const { return (s.units(halves) + run - 1) / run * run; }
 
-    // By one warp, the segments being there; how many units there are.
-    __device__ int count(int lane, int batch, int kv_heads, int round_to) {
-        if (lane == 0) run = round_to;
-        __syncwarp();
+    // Blocks for every head, where each takes `length` units of one; by a warp.
+    __device__ int blocks_of(int length, int pages_halves, int lane, int batch, int kv_heads) const {
+        int sum = 0;
+        for (int b = lane; b < batch; b += 32) sum += (segments[b].units(pages_halves) + length - 1) / length;
+        return kv_heads * __reduce_add_sync(0xffffffff, sum);
+    }
+
+    // By all WARPS warps, the segments being there as they are for halves; ends with a barrier. Pages are halved where
+    // there is so little work that every warp has no more than one unit then (HALVES 1), never (0) or always (2). `run`
+    // is the smallest of a few lengths, each a little more than equal shares of all, of which the grid has enough
+    // blocks for every head.
+    template <int WARPS, int HALVES>
+    __device__ void plan(int warp, int lane, int batch, int kv_heads, int blocks) {
+        const bool halve = HALVES == 2 || (HALVES == 1 && blocks_of(WARPS, 1, lane, batch, kv_heads) <= blocks);
+        if (!halve) {
+            __syncthreads();
+            for (int b = 32 * warp + lane; b < batch; b += 32 * WARPS) segments[b].join_halves();
+            __syncthreads();
+        }
+        const int all = blocks_of(1, halve, lane, batch, kv_heads);
+        int length = (all + blocks - 1) / blocks;
+        length += length * (8 / WARPS * warp) / 64;
+        if (length < 8 * WARPS) length = max(1, (length + WARPS - 1) / WARPS) * WARPS;  // warps of a block go in step
+        const int wanted = blocks_of(length, halve, lane, batch, kv_heads);
+        if (lane == 0) runs[warp] = wanted <= blocks ? length : 0;
+        __syncthreads();
+        if (warp == 0) {
+            const int mine = lane < WARPS ? runs[lane] : 0;
+            const unsigned some = __ballot_sync(0xffffffff, mine > 0);
+            if (lane == 0) run = some ? runs[__ffs(some) - 1] : 1, halves = halve;
+            __syncwarp();
+            count(lane, batch, kv_heads);
+        }
+        __syncthreads();
+    }
+
+    __device__ void count(int lane, int batch, int kv_heads) {
         int sum = 0;
         for (int first = 0; first < batch; first += 32) {
             const int b = first + lane;
@@ -56,7 +99,6 @@ struct List {
             if (b < batch) ends[b] = sum + mine;
             sum += __shfl_sync(0xffffffff, mine, 31);
         }
-        return sum;
     }
 };
 
@@ -86,7 +128,7 @@ struct Walk {
     }
     __device__ void cut(const List& list, int units) {
         to = min(units, from + end - at);
-        stop = min(to, list.segments[b].units());
+        stop = min(to, list.segments[b].units(list.halves));
     }
     // To the next head; false after the last.
     __device__ bool next(const List& list) {

@@ -141,6 +141,8 @@ struct Kv4Arguments {
     const float* sinks;
 };
 int64_t attention_kv4_workspace(int64_t head_size, int multiprocessors);
+// Bytes of shared memory that a block needs; rows: query heads a KV head times query tokens.
+int64_t attention_kv4_shared(int64_t bits, int64_t head_size, int64_t rows);
 void attention_kv4(const Kv4Arguments& a, cudaStream_t stream);
 
 // k and v [batch, tokens <= 64, kv_heads, head_size] with strides in values. cos and sin [tokens, head_size] of each

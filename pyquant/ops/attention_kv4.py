@@ -101,7 +101,18 @@ def _attention_declines(q, prompt, pages, window, segments, *args) -> str | None
     if why := _declines_cache(q, window.shape[1], (prompt, pages, window)):
         return why
     rows, most = q.shape[2] // window.shape[1] * q.shape[1], max_rows(q.shape[3])
-    return None if rows <= most else f"{rows} query rows a KV head are more than {most}"
+    if rows > most:
+        return f"{rows} query rows a KV head are more than {most}"
+    bits = kv4.bits_of(pages.shape[3], q.shape[3])
+    return _too_large(q.device.index, bits, q.shape[3], rows) if bits else None
+
+
+@functools.cache
+def _too_large(device: int, bits: int, head_size: int, rows: int) -> str | None:
+    """Why a block of the CUDA kernel does not fit the device's shared memory (100 KiB on sm_86 and sm_89, 227 on sm_90)."""
+    has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    wants = extension().attention_kv4_shared(bits, head_size, rows)
+    return None if wants <= has else f"the kernel needs {wants} bytes of shared memory and this device has {has}"
 
 
 @functools.cache
