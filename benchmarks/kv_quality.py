@@ -44,7 +44,7 @@ PROTECTED = ((0, 128), (128, 128))  # (prompt, window)
 ARMS: tuple[tuple[int, int, int], ...] = (
     (16, 0, 0),
     *((8, *kept) for kept in PROTECTED),
-    *((4, *kept) for kept in ((0, 0), (4, 0), (128, 0), (0, 64), (0, 128), (4, 128), (128, 128))),
+    *((4, *kept) for kept in ((0, 0), (128, 0), (0, 128), (128, 128))),
     *((bits, *kept) for bits in (3, 2) for kept in PROTECTED),
 )  # (bits, prompt, window)
 NEEDLE_ARMS = ((16, 0, 0), *((bits, *kept) for bits in (8, 4, 3, 2) for kept in PROTECTED))
@@ -148,6 +148,13 @@ def main() -> None:
         name: windows(tokenizer, load_text(str(args.data / "data" / file), skip_chars=skip), LENGTH, args.windows, name)
         for name, (file, skip) in TEXTS.items()
     }
+    file, skip = TEXTS["books"]
+    book = load_text(str(args.data / "data" / file), skip_chars=skip)[:400_000]
+    tokens = tokenizer(book, add_special_tokens=False, verbose=False)["input_ids"] if args.needles else []
+    for seed in range(args.seeds if args.needles else 0):
+        if all(r["seed"] != seed for r in found["needles"]):
+            rows = measure(model, tokenizer, tokens, list(NEEDLE_ARMS), seed, args.needles, NEEDLE_LENGTH)
+            keep(args.out, found, "needles", rows)
     ids = cut["books"][: args.prompts, :PROMPT].to(args.device)
     base = greedy(model, ids, NEW, bits=16) if args.prompts else None
     for bits, prompt, window in ARMS:
@@ -163,13 +170,6 @@ def main() -> None:
         if base is not None and bits != 16:
             row |= compare(greedy(model, ids, NEW, bits=bits, prompt_tokens=prompt, window=window), base)
         keep(args.out, found, "rows", [row])
-    file, skip = TEXTS["books"]
-    book = load_text(str(args.data / "data" / file), skip_chars=skip)[:400_000]
-    tokens = tokenizer(book, add_special_tokens=False, verbose=False)["input_ids"] if args.needles else []
-    for seed in range(args.seeds if args.needles else 0):
-        if all(r["seed"] != seed for r in found["needles"]):
-            rows = measure(model, tokenizer, tokens, list(NEEDLE_ARMS), seed, args.needles, NEEDLE_LENGTH)
-            keep(args.out, found, "needles", rows)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,7 @@ def tasks() -> str:
 
 def kv_quality() -> str:
     """Perplexity over a cache of few bits and greedy tokens equal to those of a 16-bit one, a row an arm."""
-    found = _load("cpu/kv_quality.json")
+    found = _measured("kv_quality")
     meta, rows = found["meta"], []
     texts = list(found["rows"][0]["perplexity"])
     for r in found["rows"]:
@@ -283,7 +283,7 @@ def _kept(row: dict) -> str:
 
 def kv_needle() -> str:
     """Retrieval by bits, protection and depth, from ``benchmarks.kv_quality``."""
-    found = _load("cpu/kv_quality.json")
+    found = _measured("kv_quality")
     meta, cells = found["meta"], []
     for (bits, prompt, window), gains, first in summary_of_needles(found["needles"]):
         kept = _kept({"bits": bits, "prompt": prompt, "window": window})

@@ -149,11 +149,16 @@ def test_a_mask_with_holes_is_seen():
 @pytest.mark.gpu
 @pytest.mark.parametrize("kept", [10, None])
 def test_a_captured_step(kept):
-    """A step captured once and replayed 150 times, then again after reset: the logits of the growing cache, bit for bit."""
+    """A step captured once and replayed 150 times, then again after reset: bit for bit the logits of uncaptured steps over such
+    a cache, and those of the growing one up to bf16.
+    """
     model = make("llama", hidden_size=256, head_dim=64, initializer_range=0.06).to("cuda", torch.bfloat16)
     settings, ids = {"prompt_tokens": kept, "window": 32}, some_tokens(2, 250).cuda()
     grown, static = both(model, settings)
-    want = logits_of(model, ids, grown, "pyquant", 100)
+    near, want = (logits_of(model, ids, cache, "pyquant", 100) for cache in (grown, both(model, settings)[1]))
+    assert (
+        want - near
+    ).float().norm() <= 0.02 * near.float().norm()  # rounded twice in each of two layers: 0.004 a time
     token, place = torch.zeros_like(ids[:, :1]), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
 
     def step():

@@ -334,7 +334,8 @@ def pyquant_attention(
     all_k, all_v = layer.store(k, v, padding)
     tokens, slots = query.shape[2], all_k.shape[2]
     if static and attention_mask is not None:
-        attention_mask = attention_mask[..., :slots]
+        plain = padding is not None and not any(padding) and not reach  # then torch need not read a mask
+        attention_mask = None if plain else attention_mask[..., :slots]
     if before and attention_mask is None and tokens > 1:  # torch's is_causal would align on the other end
         seen = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)
         attention_mask = seen[None, None]
