@@ -117,6 +117,14 @@ def test_more_than_its_capacity_is_refused(bits):
         layer.add(k, k)
 
 
+def test_steps_beyond_its_capacity_are_refused():
+    model, ids = make("llama"), some_tokens(2, 101)
+    _, static = both(model, KINDS[0], 100)
+    assert logits_of(model, ids[:, :100], static, "pyquant", 90).shape[1] == 10
+    with torch.no_grad(), pytest.raises(ValueError, match="101 tokens are more than the 100 of the static KV cache"):
+        model(ids[:, 100:], past_key_values=static)
+
+
 def test_refusals():
     model, ids = make("llama"), some_tokens(2, 40)
     with pytest.raises(ValueError, match="a static KV cache needs a capacity"):

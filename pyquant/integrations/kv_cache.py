@@ -34,8 +34,9 @@ KNOWN_LAYERS = ("full_attention", "sliding_attention")
 class KVCache(Cache):
     """A KV cache in mixed precision for ``model.generate(past_key_values=KVCache(model.config))``.
 
-    The first tokens and the newest stay in 16 bits, those between take 4 (4.375 with scales and zeros, D = 128): after BiSup,
-    which keeps the prompt, and KIVI (arXiv 2402.02750), which keeps a window. Fast with
+    The first tokens and the newest stay in 16 bits, those between take ``bits`` (0.375 more with scales and zeros if D = 128):
+    after BiSup (arXiv 2405.15346, its abstract; the rest is our reading), which keeps the prompt, and KIVI (arXiv 2402.02750),
+    which keeps a window. Layers of a sliding window keep all tokens and see the newest; sinks as of gpt-oss count. Fast with
     ``model.set_attn_implementation("pyquant")``; with any other attention all tokens are dequantized for every layer and step,
     which a line in the log says. Beams, assisted decoding (crop), contrastive search and left padding work. A cache that was
     filled for one sequence serves a batch after ``batch_repeat_interleave(n)``, and keeps its prompt once.
@@ -269,6 +270,9 @@ def left_padding(
         reach: the layer's sliding window, which the mask then has too; 0 for none.
         known: the padding, where earlier tokens told it: behind a sliding window a mask does not show it any more.
         static: a static layer: S is its capacity, and what lies beyond the tokens there are and T more must not be seen.
+
+    Raises:
+        ValueError: T more tokens do not fit the static layer.
     """
     asked = reach, None if known is None else tuple(known)
     before, found = _looked_at.get(mask, (None, None))
@@ -278,7 +282,9 @@ def left_padding(
     if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1:
         tokens, slots = mask.shape[2:]
         if static is not None:
-            slots = min(slots, static.length + tokens)
+            slots = static.length + tokens
+            if slots > mask.shape[3]:
+                raise ValueError(f"{slots} tokens are more than the {mask.shape[3]} of the static KV cache")
         seen, device = mask[:, 0, :, :slots], mask.device
         if known is not None:
             padding = torch.tensor(known, device=device)
