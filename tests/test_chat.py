@@ -345,3 +345,22 @@ def test_the_command(folder, tmp_path):
 def test_the_command_refuses(folder, args, sentence):
     shown = run(folder, *args, code=1).stderr.strip().splitlines()
     assert shown[-1].startswith("error: ") and sentence in shown[-1]
+
+
+@pytest.mark.gpu
+def test_few_bits_on_a_gpu_take_the_captured_step(tmp_path, no_fallback, monkeypatch):
+    """``--kv-bits`` without a conversation: prepare_for_inference serves it, no KVCache is made."""
+    LlamaForCausalLM(
+        tiny_config(hidden_size=256, head_dim=64, max_position_embeddings=1024, dtype="bfloat16")
+    ).bfloat16().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    how = ("--temperature", "0", "-n", "150", "--device", "cuda", "--kv-window", "16")
+    slow = run(tmp_path, SYSTEM, *how, "--kv-bits", "16").stdout
+
+    def fail(self, *args, **kwargs):
+        raise AssertionError("transformers' loop over a KVCache")
+
+    monkeypatch.setattr(pyquant.KVCache, "__init__", fail)
+    fast = run(tmp_path, SYSTEM, *how, "--kv-bits", "4", "--kv-prompt", "none").stdout
+    assert fast.startswith(SYSTEM) and slow.startswith(SYSTEM)
+    assert fast != slow, "random weights show what 4 bits cost"
