@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--shapes", nargs="*", default=[f"{b}x{c}" for b, c in SHAPES], help="BATCHxCONTEXT")
-    parser.add_argument("--bits", nargs="*", type=int, default=[4, 16], choices=(4, 16))
+    parser.add_argument("--bits", nargs="*", type=int, default=[4, 16], choices=(16, 8, 4, 3, 2))
     parser.add_argument("--new", type=int, default=128, help="tokens that are generated")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=1)

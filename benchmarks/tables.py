@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.kv_needle import DEPTHS
+from benchmarks.kv_needle import summary as summary_of_needles
 from benchmarks.tables_qat import large_table, qat_table
 from pyquant.integrations.spread import summary
 
@@ -254,24 +256,49 @@ def tasks() -> str:
 
 
 def kv_quality() -> str:
-    """Perplexity over a 4-bit cache and greedy tokens equal to those of a 16-bit one, a row an arm."""
-    found = _load("cpu/kv_quality.json")
+    """Perplexity over a cache of few bits and greedy tokens equal to those of a 16-bit one, a row an arm."""
+    found = _measured("kv_quality")
     meta, rows = found["meta"], []
     texts = list(found["rows"][0]["perplexity"])
     for r in found["rows"]:
-        kept = "everything" if r["bits"] == 16 else f"first {r['prompt']}, newest {r['window']}"
         equal = [f"{100 * r['equal']:.0f} %", f"{r['before']:.0f}"] if "equal" in r else ["", ""]
-        rows.append([kept, *(f"{r['perplexity'][t]:.2f}" for t in texts), *equal])
+        rows.append([str(r["bits"]), _kept(r), *(f"{r['perplexity'][t]:.2f}" for t in texts), *equal])
     about = (
         f"{meta['model']}, {meta['length']} tokens a window, {meta['windows']} windows of each text; {meta['prompts']} "
         f"prompts of {meta['prompt']} tokens, {meta['new']} greedy tokens each. {meta['gpu'].split(',')[0]}, {meta['dtype']}, "
         f"{meta['date']}, commit {meta['commit'][:12]}."
     )
-    return about + "\n\n" + _table(["kept in 16 bits", *texts, "tokens equal", "before the first other"], rows)
+    head = ["bits", "kept in 16 bits", *texts, "tokens equal", "before the first other"]
+    return about + "\n\n" + _table(head, rows)
+
+
+def _kept(row: dict) -> str:
+    return "everything" if row["bits"] == 16 else f"first {row['prompt']}, newest {row['window']}"
+
+
+def kv_needle() -> str:
+    """Retrieval by bits, protection and depth, from ``benchmarks.kv_quality``."""
+    found = _measured("kv_quality")
+    meta, cells = found["meta"], []
+    for (bits, prompt, window), gains, first in summary_of_needles(found["needles"]):
+        kept = _kept({"bits": bits, "prompt": prompt, "window": window})
+        sign = "" if bits == 16 else "+"
+        shown = [f"{g['mean']:{sign}.2f} ± {g['half']:.2f}" for g in gains]
+        cells.append([str(bits), kept, *shown, f"{first['mean']:.0f} ± {first['half']:.0f} %"])
+    seeds = len({r["seed"] for r in found["needles"]})
+    about = (
+        f"{meta['model']}, texts of {meta['needle_length']} tokens, {seeds} seeds of {found['needles'][0]['needles']} names; "
+        "nats that the sentence adds to a piece of the name by the share of text before it: in 16 bits, and as change against "
+        f"them; mean over seeds ± half of the 95 % interval. {meta['gpu'].split(',')[0]}, {meta['dtype']}, {meta['date']}, "
+        f"commit {meta['commit'][:12]}."
+    )
+    depths = [f"{100 * d:.0f} %" for d in DEPTHS]
+    return about + "\n\n" + _table(["bits", "kept in 16 bits", *depths, "first of 16"], cells)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "kv_quality": kv_quality,
+    "kv_needle": kv_needle,
     "linear": linear,
     "fake_quant": fake_quant,
     "distill": distill,

@@ -12,7 +12,6 @@ import inspect
 import json
 import os
 import shlex
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -325,37 +324,6 @@ Dtype = Annotated[str, typer.Option(help="Arithmetic: auto|float32|bfloat16|floa
 
 
 @command
-def generate(
-    model: Annotated[str, typer.Argument(help="Folder of a full-precision or quantized model.")],
-    prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token each time.")] = 0.8,
-    seed: Annotated[int, typer.Option()] = 0,
-    kv_bits: Annotated[int | None, typer.Option(help="Of cached keys and values: 4, or 16 to keep all.")] = None,
-    kv_prompt: Annotated[
-        str, typer.Option(help="First tokens kept in 16 bits: N, all (of the prompt) or none.")
-    ] = "128",
-    kv_window: Annotated[int, typer.Option(help="Newest tokens kept in 16 bits.")] = 128,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> None:
-    """Continue a prompt; a quantized model runs on pyquant's kernels."""
-    from pyquant.integrations.commands import generate as run
-    from pyquant.integrations.commands import kv_settings, load_any, token_streamer
-    from pyquant.integrations.inference import prepare_for_inference
-
-    kept = None if kv_bits is None else kv_settings(kv_bits, kv_prompt, kv_window)
-    with Progress():
-        loaded, tokenizer, _ = load_any(model, device, dtype)
-    if loaded.device.type == "cuda" and kept is None:
-        prepare_for_inference(loaded)
-    streamer = token_streamer(tokenizer) if sys.stdout.isatty() else None
-    text = run(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, streamer, kept)
-    if streamer is None:
-        typer.echo(text)
-
-
-@command
 def export(
     model: Annotated[str, typer.Argument(help="Folder of a quantized model.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
@@ -426,7 +394,7 @@ def demo(
     typer.echo(f"\n{out}/report.html has the details.")
 
 
-from pyquant import cli_ablate, cli_analyze, cli_eval  # noqa: E402, F401 (register their commands)
+from pyquant import cli_ablate, cli_analyze, cli_eval, cli_generate  # noqa: E402, F401 (register their commands)
 
 
 def main() -> None:

@@ -7,48 +7,12 @@ import logging
 
 import pytest
 import torch
-from tiny import byte_tokenizer, some_tokens, tiny_config, tiny_llama
-from transformers import MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from kv_models import logits_of, make, run
+from tiny import byte_tokenizer, some_tokens, tiny_config
 
 import pyquant
 from pyquant.integrations import commands, inference, kv_cache
 from pyquant.integrations.inference import prepare_for_inference
-
-LENGTH = 512
-
-
-def make(family, **changes):
-    torch.manual_seed(0)
-    changes = {"max_position_embeddings": LENGTH, "num_hidden_layers": 2, **changes}
-    if family == "llama":
-        return tiny_llama(**changes)
-    fields = {**tiny_config(**changes).to_dict(), "head_dim": 16, **changes}
-    for name in ("model_type", "architectures", "layer_types"):
-        fields.pop(name, None)
-    kind, config = {"qwen3": (Qwen3ForCausalLM, Qwen3Config), "mistral": (MistralForCausalLM, MistralConfig)}[family]
-    if family == "mistral":
-        fields.setdefault("sliding_window", None)
-    return kind(config(**fields)).eval()
-
-
-def run(model, ids, cache=None, new=40, attention="pyquant", **how):
-    model.set_attn_implementation(attention)
-    how = {"attention_mask": torch.ones_like(ids), **how}
-    with torch.no_grad():
-        return model.generate(
-            ids, max_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0, past_key_values=cache, **how
-        )
-
-
-def logits_of(model, ids, cache, attention, prompt, chunk=1):
-    """Logits of all tokens after the prompt, ``chunk`` tokens a call."""
-    model.set_attn_implementation(attention)
-    found = []
-    with torch.no_grad():
-        model(ids[:, :prompt], past_key_values=cache)
-        for i in range(prompt, ids.shape[1], chunk):
-            found.append(model(ids[:, i : i + chunk], past_key_values=cache).logits)
-    return torch.cat(found, 1)
 
 
 @pytest.fixture
@@ -89,6 +53,55 @@ def test_4_bits_by_kernel_and_dequantized_agree(family, chunk, caplog):
     assert error.median() <= 1e-3 * cost.median()
     assert error.max() <= 0.1 * cost.median()
     assert 1e-3 < cost.median() < 0.5
+
+
+SLIDING = [
+    ("mistral", {"sliding_window": 60}),
+    ("qwen3", {"sliding_window": 50, "use_sliding_window": True, "max_window_layers": 1}),
+    ("gpt-oss", {}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), SLIDING, ids=[s[0] for s in SLIDING])
+@pytest.mark.parametrize("static", [False, True])
+def test_sliding_windows_and_sinks(family, changes, static, no_warning):
+    """16 bits: the tokens of transformers over texts longer than the window, padding and all, through the op."""
+    model, ids = make(family, **changes), some_tokens(2, 130)
+    mask = torch.ones_like(ids)
+    mask[1, :25] = 0
+    want = run(model, ids, None, attention="eager", attention_mask=mask)
+    assert torch.equal(run(model, ids, None, attention="pyquant", attention_mask=mask), want), "without a KVCache"
+    cache = pyquant.KVCache(model.config, bits=16, window=16, capacity=200 if static else 0, static=static)
+    assert torch.equal(run(model, ids, cache, attention_mask=mask), want)
+
+
+@pytest.mark.parametrize(("family", "changes"), SLIDING, ids=[s[0] for s in SLIDING])
+@pytest.mark.parametrize("bits", [8, 3])
+def test_sliding_windows_over_pages(family, changes, bits, no_warning):
+    """By the op and dequantized for plain attention: the same logits."""
+    model, ids = make(family, **changes), some_tokens(2, 260)
+    settings = {"bits": bits, "prompt_tokens": 10, "window": 16}
+    got = logits_of(model, ids, pyquant.KVCache(model.config, **settings), "pyquant", 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv_cache, "_why_not", lambda *args, **kwargs: "the test compares with it")
+        patch.setattr(kv_cache.KVCache, "warn", lambda *args: None)
+        want = logits_of(model, ids, pyquant.KVCache(model.config, **settings), "pyquant", 100)
+    error, size = ((t).norm(dim=-1) for t in (got - want, want))
+    # Rounding in fp32, and codes that lay on the edge between two and were moved by it.
+    assert (error / size).median() <= 1e-5
+    assert (error / size).max() <= 0.02
+
+
+def test_fewer_bits_cost_more(no_warning):
+    """Logits against those of 16 bits: a bit less at least doubles the steps of a code; measured 2 to 2.5 times the error."""
+    model, ids = make("llama"), some_tokens(2, 260)
+    with torch.no_grad():
+        exact = model(ids, use_cache=False).logits[:, 200:]
+    cost = {}
+    for b in (8, 4, 3, 2):
+        got = logits_of(model, ids, pyquant.KVCache(model.config, b, 0, 0), "pyquant", 100)[:, 100:]
+        cost[b] = ((got - exact).norm() / exact.norm()).item()
+    assert 10 * cost[8] < cost[4] and 1.5 * cost[4] < cost[3] and 1.5 * cost[3] < cost[2] < 1, cost
 
 
 def test_left_padding_changes_nothing(no_warning):
@@ -144,7 +157,6 @@ def test_bytes_are_counted():
 @pytest.mark.parametrize(
     ("family", "changes", "how", "sentence"),
     [
-        ("mistral", {"sliding_window": 64}, {}, "longer than the layer's sliding window of 64 tokens"),
         ("llama", {"head_dim": 24}, {}, "heads of 24 and 24 channels have no 4-bit format"),
         ("llama", {}, {"output_attentions": True, "return_dict_in_generate": True}, "attention weights are asked for"),
         ("llama", {}, {"hole": 40}, "the attention mask is not that of the first call's padding"),
@@ -176,18 +188,26 @@ def test_prepared_models_leave_it_to_transformers(caplog):
     assert "past_key_values is given" in caplog.text
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
-@pytest.mark.parametrize("kept", [24, None])
-def test_prepared_models_with_4_bits(family, kept, no_warning, no_fallback):
+@pytest.mark.parametrize(
+    ("family", "kept", "bits", "changes"),
+    [
+        ("llama", 24, 4, {}),
+        ("qwen3", None, 3, {}),
+        ("mistral", 24, 2, {}),
+        ("mistral", None, 4, {"sliding_window": 64}),
+        ("llama", None, 8, {}),
+    ],
+)
+def test_prepared_models_with_few_bits(family, kept, bits, changes, no_warning, no_fallback):
     """The fused decode step over the same cache: the tokens of transformers' loop over a KVCache, padding and all."""
-    model = make(family)
+    model = make(family, **changes)
     calls = [(some_tokens(2, n, seed=n), torch.ones(2, n, dtype=torch.int64)) for n in (150, 90)]
     calls[1][1][0, :20] = 0
     wants = []
     for ids, mask in calls:
-        cache = pyquant.KVCache(model.config, prompt_tokens=kept, window=16)
+        cache = pyquant.KVCache(model.config, bits, prompt_tokens=kept, window=16)
         wants.append(run(model, ids, cache, attention_mask=mask, new=150))
-    prepare_for_inference(model, kv_bits=4, kv_prompt_tokens=kept, kv_window=16)
+    prepare_for_inference(model, kv_bits=bits, kv_prompt_tokens=kept, kv_window=16)
     for (ids, mask), want in (*zip(calls, wants, strict=True), (calls[0], wants[0])):
         assert torch.equal(run(model, ids, None, attention="sdpa", attention_mask=mask, new=150), want)
 
@@ -195,12 +215,6 @@ def test_prepared_models_with_4_bits(family, kept, no_warning, no_fallback):
 def test_prepared_models_refuse_other_bits():
     with pytest.raises(ValueError, match="bits=5 of a KV cache must be 2, 3, 4, 8, or 16"):
         prepare_for_inference(make("llama"), kv_bits=5)
-
-
-def test_prepared_models_leave_sliding_windows(caplog):
-    model = prepare_for_inference(make("mistral", sliding_window=64), kv_bits=4)
-    run(model, some_tokens(1, 60), None, attention="sdpa")
-    assert "4-bit keys and values do not know a sliding window of 64 tokens" in caplog.text
 
 
 def test_without_our_cache_it_is_torchs_attention():
@@ -221,6 +235,19 @@ def test_refusals():
         cache.crop(5)
 
 
+def test_masks_of_sliding_windows():
+    """Each row the newest three; where padding ends is told by the first call, later masks are held against it."""
+    column, row = torch.arange(8), torch.arange(8)[:, None]
+    band = (column <= row) & (column > row - 3)
+    first = torch.stack([band, band & (column >= 2)])[:, None]
+    assert kv_cache.left_padding(first, 3) == [0, 2]
+    late = first[:, :, 6:].clone()
+    assert kv_cache.left_padding(late, 3, [0, 2]) == [0, 2]
+    assert kv_cache.left_padding(late.clone(), 4, [0, 2]) is None, "another window"
+    assert kv_cache.left_padding(first.clone(), 3, [0, 0]) is None, "other padding"
+    assert kv_cache.left_padding(first.clone()) is None, "no window"
+
+
 def test_masks():
     causal = torch.ones(4, 6, dtype=torch.bool).tril(2)
     masks = torch.stack([causal, causal & (torch.arange(6) >= 2)])[:, None]
@@ -233,17 +260,20 @@ def test_masks():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_on_a_gpu(family, no_warning):
-    """bf16, heads of 64: 4-bit logits by the kernels as close to fp32's of the CPU as 16 bits allow."""
-    model = make(family, hidden_size=256, head_dim=64, initializer_range=0.06)
+@pytest.mark.parametrize("bits", [4, 8, 3])
+@pytest.mark.parametrize(
+    ("family", "changes"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 100}), ("gpt-oss", {})]
+)
+def test_on_a_gpu(family, changes, bits, no_warning):
+    """bf16, heads of 64: logits by the kernels as close to fp32's of the CPU as 16 bits allow; windows and sinks too."""
+    model = make(family, hidden_size=256, head_dim=64, initializer_range=0.06, **changes)
     ids = some_tokens(2, 300)
-    settings = {"prompt_tokens": 10, "window": 32}
+    settings = {"bits": bits, "prompt_tokens": 10, "window": 32}
     want = logits_of(model, ids, pyquant.KVCache(model.config, **settings), "pyquant", 100)
     model.to("cuda", torch.bfloat16)
     got = logits_of(model, ids.cuda(), pyquant.KVCache(model.config, **settings), "pyquant", 100)
     error = (got.float().cpu() - want).norm() / want.norm()
-    assert error <= 0.1  # activations rounded to bf16 in two layers: 0.045 in plain torch on a CPU
+    assert error <= 0.12  # activations rounded to bf16 in two layers: 0.015 to 0.084 in plain torch on a CPU
 
 
 @pytest.mark.parametrize(
@@ -272,21 +302,21 @@ def test_generate_with_a_cache(no_warning):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kept", [24, None])
-def test_prepared_on_a_gpu(kept, no_warning, no_fallback):
+@pytest.mark.parametrize(("kept", "bits"), [(24, 4), (None, 4), (24, 8), (24, 3), (None, 2)])
+def test_prepared_on_a_gpu(kept, bits, no_warning, no_fallback):
     """The captured graph over the cache, used twice and with padding, against the same chain of ops without a graph.
 
     Both run the same kernels on the same numbers, so tokens are equal.
     """
     model = make("llama", hidden_size=256, head_dim=64, initializer_range=0.06).to("cuda", torch.bfloat16)
-    prepare_for_inference(model, kv_bits=4, kv_prompt_tokens=kept, kv_window=16)
+    prepare_for_inference(model, kv_bits=bits, kv_prompt_tokens=kept, kv_window=16)
     calls = [(some_tokens(2, n, seed=n).cuda(), torch.ones(2, n, dtype=torch.int64, device="cuda")) for n in (150, 90)]
     calls[1][1][0, :20] = 0
     first = [run(model, ids, None, attention="sdpa", attention_mask=mask, new=150) for ids, mask in calls]
     again = [run(model, ids, None, attention="sdpa", attention_mask=mask, new=150) for ids, mask in calls]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inference, "Captured", lambda step, device: step)
-        prepare_for_inference(inference.undo(model), kv_bits=4, kv_prompt_tokens=kept, kv_window=16)
+        prepare_for_inference(inference.undo(model), kv_bits=bits, kv_prompt_tokens=kept, kv_window=16)
         plain = [run(model, ids, None, attention="sdpa", attention_mask=mask, new=150) for ids, mask in calls]
     for a, b, c in zip(first, again, plain, strict=True):
         assert torch.equal(a, b)

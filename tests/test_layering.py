@@ -32,6 +32,7 @@ TOP = {
     "cli_ablate",
     "cli_analyze",
     "cli_eval",
+    "cli_generate",
     "demo",
     "__main__",
 }  # these may import everything below them
@@ -47,7 +48,7 @@ OWNER = {
     "gptqmodel": {"integrations"},
     "triton": {"kernels"},
     "matplotlib": {"report"},
-    "typer": {"cli", "cli_output", "cli_ablate", "cli_analyze", "cli_eval"},
+    "typer": {"cli", "cli_output", "cli_ablate", "cli_analyze", "cli_eval", "cli_generate"},
 }
 
 LINES = {".py": 500, ".cu": 900, ".cuh": 900, ".cpp": 900, ".h": 900}

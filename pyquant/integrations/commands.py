@@ -88,15 +88,19 @@ def evaluate(
     return {"model": path, **kind, "rows": rows}
 
 
-def kv_settings(bits: int, prompt: str, window: int) -> KVSettings:
+def kv_settings(bits: int, prompt: str, window: int, has_system: bool = False) -> KVSettings:
     """Settings of a KV cache as the command line gives them.
 
     Raises:
-        ValueError: a prompt that is neither a number of tokens, ``all`` nor ``none``; values out of range.
+        ValueError: a prompt that is neither a number of tokens, ``all``, ``none`` nor ``system`` (where there is a system
+            prompt); values out of range.
     """
-    if prompt not in ("all", "none") and not prompt.isdigit():
-        raise ValueError(f"--kv-prompt {prompt!r} must be a number of tokens, all or none")
-    return KVSettings(bits, None if prompt == "all" else 0 if prompt == "none" else int(prompt), window)
+    if prompt == "system" and not has_system:
+        raise ValueError("--kv-prompt system needs a system prompt (--chat --system-prompt)")
+    if prompt not in ("all", "none", "system") and not prompt.isdigit():
+        raise ValueError(f"--kv-prompt {prompt!r} must be a number of tokens, all, none or system")
+    kept = {"all": None, "system": None, "none": 0}
+    return KVSettings(bits, kept[prompt] if prompt in kept else int(prompt), window)
 
 
 def generate(
@@ -116,15 +120,12 @@ def generate(
     Raises:
         ValueError: a negative temperature.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must not be negative")
     device = next(model.parameters()).device
     tokens = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if tokens.shape[1] == 0:  # an empty prompt begins a document
         tokens = torch.tensor([[start_token(model, tokenizer)]])
     tokens = tokens.to(device)
-    how: dict[str, Any] = {"do_sample": temperature > 0}
-    how |= {"temperature": temperature} if temperature > 0 else {"temperature": None, "top_p": None, "top_k": None}
+    how = sampling(temperature)
     if kv is not None:
         from pyquant.integrations.kv_cache import NAME, KVCache
 
@@ -141,6 +142,19 @@ def generate(
             **how,
         )
     return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def sampling(temperature: float) -> dict[str, Any]:
+    """Arguments of ``generate`` for a temperature; 0 takes the most likely token each time.
+
+    Raises:
+        ValueError: a negative temperature.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must not be negative")
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return {"do_sample": True, "temperature": temperature}
 
 
 def token_streamer(tokenizer: Any) -> Any:

@@ -57,8 +57,9 @@ def prepare_for_inference(
             one device. Anything else is left as it is, with one line in the log that says why.
         lm_head_bits: 16 uses the head as it is; 4 rounds a copy of it to 4 bits in groups of 128, which saves about 0.2 ms a
             step of an 8B model on an H200 and costs some accuracy.
-        kv_bits: 4 keeps keys and values in mixed precision (:class:`pyquant.KVCache` says how): ``kv_prompt_tokens`` at the
-            beginning (None: all of the prompt) and ``kv_window`` at the end in 16 bits, the others in 4. 16 is a plain cache.
+        kv_bits: 8, 4, 3 or 2 keeps keys and values in mixed precision (:class:`pyquant.KVCache` says how):
+            ``kv_prompt_tokens`` at the beginning (None: all of the prompt) and ``kv_window`` at the end in 16 bits, the others
+            in so many. 16 is a plain cache.
 
     Returns:
         the model.
@@ -69,7 +70,7 @@ def prepare_for_inference(
     if lm_head_bits not in (4, 16):
         raise ValueError(f"lm_head_bits={lm_head_bits} must be 16 or 4")
     kv = KVSettings(kv_bits, kv_prompt_tokens, kv_window)
-    plan = Plan(lm_head_bits, kv if kv_bits == 4 else None)
+    plan = Plan(lm_head_bits, kv if kv_bits != 16 else None)
     try:
         plan.decoder(model)
     except Unsupported as why:
@@ -209,17 +210,15 @@ def _padding(mask: Tensor | None, ids: Tensor) -> Tensor | None:
     return start.int() if any_padding else None
 
 
-def _check_kv(decoder: Decoder, ids: Tensor, length: int) -> None:
+def _check_kv(decoder: Decoder, ids: Tensor) -> None:
     """Raise Unsupported for what the ops on a cache in mixed precision do not serve within a captured graph."""
-    reach = min((layer.window for layer in decoder.layers if layer.window), default=length)
-    need(reach >= length, f"4-bit keys and values do not know a sliding window of {reach} tokens")
-    need(decoder.size % 16 == 0, f"heads of {decoder.size} channels have no 4-bit format")
+    need(decoder.size % 16 == 0, f"heads of {decoder.size} channels have no low-bit format")
     if ids.is_cuda:
-        need(decoder.size in HEAD_SIZES, f"there is no kernel for 4-bit heads of {decoder.size} channels")
-        need(len(ids) <= MAX_BATCH, f"there is no kernel for {len(ids)} sequences of 4-bit keys and values")
-        need(decoder.norm.dtype != torch.float32, "there is no kernel for float32 with 4-bit keys and values")
+        need(decoder.size in HEAD_SIZES, f"there is no kernel for low-bit heads of {decoder.size} channels")
+        need(len(ids) <= MAX_BATCH, f"there is no kernel for {len(ids)} sequences of low-bit keys and values")
+        need(decoder.norm.dtype != torch.float32, "there is no kernel for float32 with low-bit keys and values")
         why = unavailable("cuda", "cuda")
-        need(why is None, f"4-bit keys and values need the extension: {why}")
+        need(why is None, f"low-bit keys and values need the extension: {why}")
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -241,7 +240,7 @@ def _decode(
         need(input_ids.device == decoder.norm.device, f"input_ids are on {input_ids.device}")
         need(stopping_criteria.max_length is not None, "no length is given at which it stops")
         if plan.kv is not None:
-            _check_kv(decoder, input_ids, stopping_criteria.max_length)
+            _check_kv(decoder, input_ids)
         start = _padding(model_kwargs.get("attention_mask"), input_ids)
     except Unsupported as why:
         plan.warn(str(why))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,27 +34,39 @@ KNOWN_LAYERS = ("full_attention", "sliding_attention")
 class KVCache(Cache):
     """A KV cache in mixed precision for ``model.generate(past_key_values=KVCache(model.config))``.
 
-    The first tokens and the newest stay in 16 bits, those between take 4 (4.375 with scales and zeros, D = 128): after BiSup,
-    which keeps the prompt, and KIVI (arXiv 2402.02750), which keeps a window. Fast with
+    The first tokens and the newest stay in 16 bits, those between take ``bits`` (0.375 more with scales and zeros if D = 128):
+    after BiSup (arXiv 2405.15346, its abstract; the rest is our reading), which keeps the prompt, and KIVI (arXiv 2402.02750),
+    which keeps a window. Layers of a sliding window keep all tokens and see the newest; sinks as of gpt-oss count. Fast with
     ``model.set_attn_implementation("pyquant")``; with any other attention all tokens are dequantized for every layer and step,
     which a line in the log says. Beams, assisted decoding (crop), contrastive search and left padding work. A cache that was
     filled for one sequence serves a batch after ``batch_repeat_interleave(n)``, and keeps its prompt once.
 
     Args:
         config: the model's.
-        bits: 4, or 16 to keep everything as it is.
+        bits: 8, 4, 3 or 2, or 16 to keep everything as it is.
         prompt_tokens: tokens at the beginning that stay in 16 bits; None for all of the first call.
         window: newest tokens that stay in 16 bits (64 to 127 more may, until their page is full).
         capacity: tokens to allocate for at once; 0 grows as needed.
+        static: allocate all of ``capacity``, the most tokens of a sequence, by the first call, and keep lengths on the device:
+            a step can then be captured in a CUDA graph or compiled (``generate`` does so on GPUs), the attention must be
+            ``"pyquant"``, and a mask is read only by calls that are neither: within a graph it is that of the first call.
 
     Raises:
         ValueError: values out of range, or layers that are no attention over keys and values.
     """
 
+    ids: Tensor | None = None  # of the prompt, where a file gave it
+
     def __init__(
-        self, config: Any, bits: int = 4, prompt_tokens: int | None = 128, window: int = 128, capacity: int = 0
+        self,
+        config: Any,
+        bits: int = 4,
+        prompt_tokens: int | None = 128,
+        window: int = 128,
+        capacity: int = 0,
+        static: bool = False,
     ) -> None:
-        settings = KVSettings(bits, prompt_tokens, window, capacity)
+        settings = KVSettings(bits, prompt_tokens, window, capacity, static)
         config = config.get_text_config(decoder=True)
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         if other := sorted(set(kinds) - set(KNOWN_LAYERS)):
@@ -65,6 +79,46 @@ class KVCache(Cache):
         if why not in self.warned:
             self.warned.add(why)
             log.warning("the KV cache is dequantized for torch's attention: %s", why)
+
+    def save(self, path: str | Path, model: nn.Module, ids: Tensor, text: str = "") -> None:
+        """Write the keys and values of the prompt that the cache was filled with, for :meth:`load` at the next start.
+
+        Made for a system prompt: fill a cache of ``prompt_tokens=None`` for one sequence by one call, and save it before or
+        after it is used further. The file is the old one or the new one, also after a crash.
+
+        Args:
+            path: a .safetensors file; :mod:`pyquant.integrations.kv_file` says what is in it.
+            model: whose cache it is; its config and weights are fingerprinted, which reads all of them once.
+            ids: the prompt's tokens, int64 ``[P]`` or ``[1, P]``; the first P tokens of the first sequence are written.
+            text: what the tokens say, to be kept beside them.
+
+        Raises:
+            ValueError: no tokens, more than the cache keeps in 16 bits, or padded sequences.
+        """
+        from pyquant.integrations import kv_file
+
+        kv_file.save(self, Path(path), model, ids, text)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, ids: Tensor | None = None, **settings: Any) -> KVCache:
+        """A cache for one sequence that begins with a saved prompt, as if the model had just computed it.
+
+        Args:
+            path: a file of :meth:`save`.
+            model: the model that made it, on any device.
+            ids: int64 ``[P]`` or ``[1, P]``: the prompt that is expected; None takes whatever the file holds.
+            settings: those of the class other than ``config`` and ``prompt_tokens``; by default what the file says.
+
+        Returns:
+            the cache, with the prompt's tokens int64 ``[P]`` as ``ids``.
+
+        Raises:
+            FileNotFoundError: nothing there.
+            ValueError: no such file, or one of another model, dtype or prompt, saying which.
+        """
+        from pyquant.integrations import kv_file
+
+        return kv_file.load(Path(path), model, ids, **settings)
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +135,7 @@ class CacheLayer(CacheLayerMixin):
         super().__init__()
         self._cache = weakref.ref(cache)
         self.settings, self.config = cache.settings, cache.config
+        self.is_compileable = cache.settings.static
         self.kept: KVLayer | None = None
         self.plain: DynamicLayer | None = None  # where the format cannot hold the heads
         self.new: tuple[Tensor, Tensor] | None = None  # given to update, not stored yet
@@ -94,6 +149,8 @@ class CacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, size = key_states.shape
+        if self.settings.static and (size % 16 or value_states.shape[-1] != size):
+            raise ValueError(f"a static KV cache does not hold heads of {size} and {value_states.shape[-1]} channels")
         self.is_initialized = True
         if size % 16 or value_states.shape[-1] != size:
             self.warn(
@@ -101,7 +158,8 @@ class CacheLayer(CacheLayerMixin):
             )
             self.plain = DynamicLayer()
             return
-        self.kept = KVLayer(self.settings, batch, heads, size, key_states.dtype, key_states.device)
+        with torch.inference_mode(False):  # what is kept serves calls outside of that mode too
+            self.kept = KVLayer(self.settings, batch, heads, size, key_states.dtype, key_states.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Keys with a mark for the attention ``"pyquant"``; for any other, all tokens dequantized."""
@@ -114,7 +172,12 @@ class CacheLayer(CacheLayerMixin):
             marked = key_states.view_as(key_states)
             marked._pyquant_layer = self  # type: ignore[attr-defined]
             return marked, value_states
-        if self.kept.length and self.settings.bits != 16:
+        if self.settings.static:
+            raise ValueError(
+                f'a static KV cache works with the attention "{NAME}" alone, and the model has '
+                f"{self.config._attn_implementation!r}: model.set_attn_implementation"
+            )
+        if self.kept.filled and self.settings.bits != 16:
             self.warn(
                 f'the attention is {self.config._attn_implementation!r}; see model.set_attn_implementation("{NAME}")'
             )
@@ -126,23 +189,30 @@ class CacheLayer(CacheLayerMixin):
         A few new ones come back as the kernel would see them; those of a prompt or of a chunk of one as they are, after the
         dequantized tokens before them.
         """
-        old = self.kept.values() if self.kept.length and k.shape[2] > MOST_AT_ONCE else None
-        few = self.kept.length > 0 and old is None
+        first = not self.kept.filled
+        old = self.kept.values() if not first and k.shape[2] > MOST_AT_ONCE else None
+        few = not first and old is None
         self.kept.add(k.detach(), v.detach(), padding)
+        if first and self.settings.static:
+            for t in self.kept.parts():  # or torch.compile would copy them, and leave graphs out
+                torch._dynamo.mark_static_address(t)
         if few:
             return self.kept.values()
         return (k, v) if old is None else (torch.cat([old[0], k], 2), torch.cat([old[1], v], 2))
 
     def get_seq_length(self) -> int:
+        """Tokens so far; of a static cache int64 ``[]`` on its device, which a graph can hold."""
         if self.plain is not None:
             return self.plain.get_seq_length()
-        return self.kept.length if self.kept is not None else 0
+        if self.kept is None or not self.settings.static:
+            return self.kept.length if self.kept is not None else 0
+        return self.kept.segments[0, 2].long() + self.kept.padding[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return (self.settings.capacity if self.settings.static else self.get_seq_length() + query_length), 0
 
     def get_max_length(self) -> int:
-        return -1
+        return self.settings.capacity if self.settings.static else -1
 
     @property
     def batch_size(self) -> int:
@@ -158,7 +228,8 @@ class CacheLayer(CacheLayerMixin):
         if self.plain is not None:
             self.plain.crop(tokens_to_remove)
         elif self.kept is not None:
-            self.kept.crop(-tokens_to_remove)
+            with torch.inference_mode():
+                self.kept.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -176,33 +247,58 @@ class CacheLayer(CacheLayerMixin):
             self.kept.repeat(repeats)
 
     def reset(self) -> None:
+        if self.settings.static and self.kept is not None:
+            self.kept.reset()  # where it is
+            return
         self.kept = self.plain = self.new = None
         self.is_initialized = False
 
 
 # ------------------------------------------------------------------------------------------------ masks
 
-_looked_at: tuple[Any, list[int] | None] = (lambda: None, None)  # the last mask and what it said
+_looked_at = WeakIdKeyDictionary()  # masks, and what they said
 
 
-def left_padding(mask: Tensor) -> list[int] | None:
+def left_padding(
+    mask: Tensor, reach: int = 0, known: list[int] | None = None, static: KVLayer | None = None
+) -> list[int] | None:
     """Padding on the left of each sequence, of a causal mask bool ``[B, 1, T, S]``; None for any other mask.
 
     Layers share a mask, so it is read once a step: one wait for the GPU.
+
+    Args:
+        reach: the layer's sliding window, which the mask then has too; 0 for none.
+        known: the padding, where earlier tokens told it: behind a sliding window a mask does not show it any more.
+        static: a static layer: S is its capacity, and what lies beyond the tokens there are and T more must not be seen.
+
+    Raises:
+        ValueError: T more tokens do not fit the static layer.
     """
-    global _looked_at
-    seen, found = _looked_at
-    if seen() is mask:
+    asked = reach, None if known is None else tuple(known)
+    before, found = _looked_at.get(mask, (None, None))
+    if before == asked:
         return found
     found = None
     if mask.dtype == torch.bool and mask.dim() == 4 and mask.shape[1] == 1:
         tokens, slots = mask.shape[2:]
-        padding = mask[:, 0, -1].int().argmax(-1)
-        column = torch.arange(slots, device=mask.device)
-        causal = column <= slots - tokens + torch.arange(tokens, device=mask.device)[:, None]
-        if torch.equal(mask[:, 0], causal & (column >= padding[:, None, None])):
+        if static is not None:
+            slots = static.length + tokens
+            if slots > mask.shape[3]:
+                raise ValueError(f"{slots} tokens are more than the {mask.shape[3]} of the static KV cache")
+        seen, device = mask[:, 0, :, :slots], mask.device
+        if known is not None:
+            padding = torch.tensor(known, device=device)
+        elif reach:  # a token of padding does not see itself
+            padding = (~seen.diagonal(slots - tokens, 1, 2)).sum(-1)
+        else:
+            padding = seen[:, -1].int().argmax(-1)
+        column, own = (torch.arange(n, device=device) for n in (slots, tokens))
+        own = own[:, None] + slots - tokens
+        causal = (column <= own) & (column > own - (reach or slots))
+        same = (seen == (causal & (column >= padding[:, None, None]))).all() & ~mask[..., slots:].any()
+        if same:
             found = padding.tolist()
-    _looked_at = weakref.ref(mask), found
+    _looked_at[mask] = asked, found
     return found
 
 
@@ -223,30 +319,38 @@ def pyquant_attention(
 
     Without a :class:`KVCache` it is torch's ``scaled_dot_product_attention``.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError('the attention "pyquant" does not know learned attention sinks (s_aux)')
     layer: CacheLayer | None = getattr(key, "_pyquant_layer", None)
     if layer is None:
         return _torch_attention(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     (k, v), layer.new = layer.new, None
-    kept, softcap = layer.kept, kwargs.get("softcap") or 0.0
-    if kept.length and query.shape[2] <= MOST_AT_ONCE:
+    kept, static, reach = layer.kept, layer.settings.static, kwargs.get("sliding_window") or 0
+    if kept.filled and query.shape[2] <= MOST_AT_ONCE:
         why = _why_not(layer, query, attention_mask, **kwargs)
         if why is None:
             kept.add(k, v)
-            return kept.attend(query.transpose(1, 2), scaling, softcap), None
+            how = kwargs.get("softcap") or 0.0, reach, kwargs.get("s_aux")
+            return kept.attend(query.transpose(1, 2), scaling, *how), None
+        if static and _in_graph(query):
+            raise ValueError(f"this step over a static KV cache cannot be captured or compiled: {why}")
         layer.warn(why)
     padding = None
-    if not kept.length and attention_mask is not None:
-        padding = left_padding(attention_mask)
-    before = kept.length
+    if not kept.filled and attention_mask is not None:
+        padding = left_padding(attention_mask, reach, None, kept if static else None)
+    before = kept.filled
     all_k, all_v = layer.store(k, v, padding)
-    if before and attention_mask is None and query.shape[2] > 1:  # torch's is_causal would align on the other end
-        tokens, slots = query.shape[2], all_k.shape[2]
-        attention_mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)[
-            None, None
-        ]
+    tokens, slots = query.shape[2], all_k.shape[2]
+    if static and attention_mask is not None:
+        plain = padding is not None and not any(padding) and not reach  # then torch need not read a mask
+        attention_mask = None if plain else attention_mask[..., :slots]
+    if before and attention_mask is None and tokens > 1:  # torch's is_causal would align on the other end
+        seen = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)
+        attention_mask = seen[None, None]
     return _torch_attention(module, query, all_k, all_v, attention_mask, scaling, dropout, **kwargs)
+
+
+def _in_graph(t: Tensor) -> bool:
+    """Whether what runs is being captured or compiled, so that the host cannot look at numbers."""
+    return torch.compiler.is_compiling() or (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _why_not(layer: CacheLayer, query: Tensor, mask: Tensor | None, **kwargs: Any) -> str | None:
@@ -264,10 +368,13 @@ def _why_not(layer: CacheLayer, query: Tensor, mask: Tensor | None, **kwargs: An
             return f"there is no kernel for heads of {kept.size} channels in {query.dtype}"
         if rows > max_rows(kept.size) or kept.batch > MAX_BATCH:
             return f"there is no kernel for {rows} query rows a KV head and {kept.batch} sequences"
-    reach = kwargs.get("sliding_window")
-    if reach is not None and kept.length + query.shape[2] > reach:
-        return f"the text is longer than the layer's sliding window of {reach} tokens"
-    padding = [0] * kept.batch if mask is None else left_padding(mask)
+    if layer.settings.static and _in_graph(query):
+        return None
+    static, reach = layer.settings.static, kwargs.get("sliding_window") or 0
+    if mask is None:
+        padding = [0] * kept.batch
+    else:
+        padding = left_padding(mask, reach, kept.padding if reach else None, kept if static else None)
     if padding != kept.padding:
         return "the attention mask is not that of the first call's padding on the left"
     return None
@@ -283,9 +390,9 @@ def _torch_attention(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """torch's own, or its equation in full where capped scores or weights are wanted."""
-    softcap = kwargs.get("softcap")
-    if not softcap and not kwargs.get("output_attentions"):
+    """torch's own, or its equation in full where capped scores, weights or sinks (``s_aux [Hq]``) are wanted."""
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    if not softcap and sinks is None and not kwargs.get("output_attentions"):
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
     groups, tokens, slots = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -296,7 +403,10 @@ def _torch_attention(
         mask = torch.ones(tokens, slots, dtype=torch.bool, device=query.device).tril(slots - tokens)
     if mask is not None:
         score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+    if sinks is not None:  # a score that no value belongs to
+        score = torch.cat([score, sinks.to(score.dtype).view(1, -1, 1, 1).expand(*score.shape[:3], 1)], -1)
     weights = score.softmax(-1, dtype=torch.float32).nan_to_num().to(query.dtype)  # rows of padding see nothing
+    weights = weights[..., :slots]
     dropped = nn.functional.dropout(weights, dropout, module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), weights
 

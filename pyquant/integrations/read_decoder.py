@@ -69,10 +69,16 @@ def read_decoder(model: nn.Module, head_bits: int = 16) -> Decoder:
     )
 
 
+def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model by its name, packed ones as they lie in memory."""
+    for name, module in model.named_modules():
+        for own, t in _tensors(module).items():
+            yield f"{name}.{own}", t
+
+
 def weights(model: nn.Module) -> Iterator[Tensor]:
     """Every tensor that the fused step reads from the model's modules."""
-    for module in model.modules():
-        yield from _tensors(module).values()
+    return (t for _, t in named_weights(model))
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -21,9 +21,7 @@ from pyquant.nn.fused import FusedLinear
 from pyquant.nn.kv_cache import KVLayer, KVSettings
 from pyquant.ops import (
     add_rms_norm,
-    append_kv4,
     attention_decode,
-    attention_kv4,
     greedy_append,
     rms_norm,
     rope_append,
@@ -134,8 +132,8 @@ class Decoder:
         q = rope_append(
             qkv[:, None], state.cos, state.sin, k, v, state.zero, state.behind, layer.q_norm, layer.k_norm, self.eps
         )
-        append_kv4(k.transpose(1, 2), v.transpose(1, 2), kept.pages, kept.window, kept.segments, kept.settings.keep)
-        return attention_kv4(q, kept.prompt, kept.pages, kept.window, kept.segments, self.scaling)[0].flatten(1)
+        kept.push(k, v)
+        return kept.attend(q, self.scaling, sliding_window=layer.window).flatten(1)
 
     def norm_after(self, i: int) -> Tensor:
         """Weight of the norm that follows layer i."""
@@ -156,7 +154,7 @@ class Decoder:
             return State([(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.layers], cos, sin, tokens)
         state = State([], cos, sin, tokens)
         state.room = capacity if kv.prompt_tokens is None and not prompt else prompt
-        settings, shape = replace(kv, capacity=capacity), (batch, self.kv_heads, 1, self.size)
+        settings, shape = replace(kv, capacity=capacity, static=True), (batch, self.kv_heads, 1, self.size)
         state.kv = [KVLayer(settings, batch, self.kv_heads, self.size, w.dtype, w.device) for _ in self.layers]
         for layer in state.kv:
             layer.reserve_prompt(state.room if kv.prompt_tokens is None else kv.prompt_tokens)

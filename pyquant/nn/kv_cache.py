@@ -30,6 +30,8 @@ class KVSettings:
         prompt_tokens: how many of the first tokens stay in 16 bits; None for all of the first call.
         window: how many of the newest stay in 16 bits at least.
         capacity: tokens to allocate for at once, beyond the prompt; 0 grows as needed, by an eighth at a time.
+        static: nothing is allocated after the first call and lengths live on the device alone, as captured graphs and compiled
+            steps need; capacity then counts all tokens of a sequence, and more are refused or, within a graph, lost.
 
     Raises:
         ValueError: values out of range, one sentence.
@@ -39,6 +41,7 @@ class KVSettings:
     prompt_tokens: int | None = 128
     window: int = 128
     capacity: int = 0
+    static: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -47,6 +50,8 @@ class KVSettings:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name}={value} must not be negative")
+        if self.static and not self.capacity:
+            raise ValueError("a static KV cache needs a capacity: the most tokens of a sequence")
 
     @property
     def keep(self) -> int:
@@ -55,7 +60,8 @@ class KVSettings:
 
 
 class KVLayer:
-    """Keys and values of one layer. Lengths are known on the host too, so that nothing here waits for a GPU.
+    """Keys and values of one layer. Lengths are known on the host too, so that nothing here waits for a GPU; but of a static
+    layer the device alone knows them, and asking for ``held`` waits.
 
     Args:
         settings: how tokens are kept.
@@ -69,21 +75,36 @@ class KVLayer:
         self.settings, self.kv_heads, self.size, self.dtype = settings, kv_heads, head_size, dtype
         self.device = torch.device(device)
         pages, ring = -(-settings.capacity // PAGE), settings.window + PAGE + MOST_AT_ONCE
+        if settings.static:  # of all tokens the window's are in no page
+            pages = max(0, settings.capacity - settings.window) // PAGE
         self.bits = settings.bits if settings.bits < 16 else 4  # of pages; there are none of 16
         if settings.bits == 16:
             pages, ring = 0, max(settings.capacity, ring)
-        self.prompt = self._empty(batch, 0)
+        kept = min(settings.prompt_tokens or 0, settings.capacity) if settings.static else 0
+        self.prompt = self._empty(batch, -(-kept // TILE))
         self.window = self._empty(batch, -(-ring // TILE))
         size = page_bytes(head_size, self.bits)
         self.pages = torch.zeros(batch, kv_heads, pages, size, dtype=torch.uint8, device=device)
         self.segments = torch.zeros(batch, 3, dtype=torch.int32, device=device)
-        self.held: list[tuple[int, int, int]] = [(0, 0, 0)] * batch  # segments, as the host knows them
+        self._held: list[tuple[int, int, int]] = [(0, 0, 0)] * batch
+        self.filled = False  # tokens were given
         self.padding = [0] * batch  # tokens on the left that were given and not kept
 
     def reserve_prompt(self, tokens: int) -> None:
         """Room for a prompt that then stays where it is, as captured graphs need; empties the cache."""
         self.reset()
         self.prompt = self._empty(self.batch, -(-tokens // TILE))
+
+    @property
+    def held(self) -> list[tuple[int, int, int]]:
+        """Segments of each sequence: prompt tokens, pages, length."""
+        if not self.settings.static:
+            return self._held
+        return [(kept, full, length) for kept, full, length in self.segments.tolist()]
+
+    @held.setter
+    def held(self, held: list[tuple[int, int, int]]) -> None:
+        self._held, self.filled = held, any(length for _, _, length in held)
 
     def reset(self) -> None:
         """Forget all tokens and keep the memory."""
@@ -95,17 +116,21 @@ class KVLayer:
 
     @property
     def batch(self) -> int:
-        return len(self.held)
+        return len(self.segments)
 
     @property
     def length(self) -> int:
         """Tokens given so far, padding included: the same for every sequence."""
         return self.held[0][2] + self.padding[0] if self.held else 0
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Prompt, pages, window and segments, as the ops take them."""
+        return self.prompt, self.pages, self.window, self.segments
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory that this layer holds, spare room included."""
-        return sum(t.untyped_storage().nbytes() for t in (self.prompt, self.pages, self.window, self.segments))
+        return sum(t.untyped_storage().nbytes() for t in self.parts())
 
     # ---------------------------------------------------------------------------------------- tokens in
 
@@ -120,7 +145,7 @@ class KVLayer:
         """
         if k.shape[0] != self.batch:
             raise ValueError(f"the cache holds {self.batch} sequences, keys came for {k.shape[0]}")
-        tokens, first = k.shape[2], self.length == 0
+        tokens, first = k.shape[2], not self.filled
         if padding is not None and any(padding):
             if not first:
                 raise ValueError("padding can only come with the first tokens")
@@ -128,7 +153,7 @@ class KVLayer:
         if tokens == 0:
             return
         if not first and tokens <= MOST_AT_ONCE:
-            self._append(k, v)
+            self.push(k, v) if self.settings.static else self._append(k, v)
         else:
             self._fill(k, v, first)
 
@@ -138,17 +163,26 @@ class KVLayer:
             new = length + tokens
             held.append((kept, full + int(keep >= 0 and new - kept - PAGE * full >= keep + PAGE), new))
         self._room(max(full for _, full, _ in held), max(n - p for p, _, n in held) if keep < 0 else 0)
-        append_kv4(k.transpose(1, 2), v.transpose(1, 2), self.pages, self.window, self.segments, keep)
+        self.push(k, v)
         self.held = held
+
+    def push(self, k: Tensor, v: Tensor) -> None:
+        """The device's part of adding a few tokens ``[B, Hkv, L, D]`` to those there are: room for them is up to the caller.
+
+        What a captured graph holds of a step; of a layer that is not static, ``held`` then no longer says what is there.
+        """
+        append_kv4(k.transpose(1, 2), v.transpose(1, 2), self.pages, self.window, self.segments, self.settings.keep)
 
     def _room(self, pages: int, tokens: int) -> None:
         """At least this many pages, and where everything is kept at least so many tokens in the ring."""
+        tiles = -(-tokens // TILE)
+        if self.settings.static and (pages > self.pages.shape[2] or tiles > self.window.shape[2]):
+            raise ValueError(f"more tokens than the {self.settings.capacity} that the static KV cache was made for")
         if pages > self.pages.shape[2]:
             more = max(pages, self.pages.shape[2] * 9 // 8 + 1)
             grown = self.pages.new_zeros((self.batch, self.kv_heads, more, self.pages.shape[3]))
             grown[:, :, : self.pages.shape[2]] = self.pages
             self.pages = grown
-        tiles = -(-tokens // TILE)
         if tiles > self.window.shape[2]:  # nothing has gone round it yet, as nothing was packed
             ring = self._empty(self.batch, max(tiles, self.window.shape[2] * 9 // 8 + 1))
             ring[:, :, : self.window.shape[2]] = self.window
@@ -156,13 +190,11 @@ class KVLayer:
 
     def _fill(self, k: Tensor, v: Tensor, first: bool) -> None:
         """Many tokens at once: what was not packed yet and what is new, divided among the segments as the rule says."""
-        tokens, keep = k.shape[2], self.settings.keep
+        tokens, keep, now = k.shape[2], self.settings.keep, self.held
         late, held = self._late(), []
         skip = self.padding if first else [0] * self.batch
-        counts = [
-            length - kept - PAGE * full + tokens - s for (kept, full, length), s in zip(self.held, skip, strict=True)
-        ]
-        prompts = [kept for kept, _, _ in self.held]
+        counts = [length - kept - PAGE * full + tokens - s for (kept, full, length), s in zip(now, skip, strict=True)]
+        prompts = [kept for kept, _, _ in now]
         if first:
             most = self.settings.prompt_tokens
             prompts = [count if most is None else min(most, count) for count in counts]
@@ -171,7 +203,7 @@ class KVLayer:
         all_k, all_v = (torch.cat([old, new.to(old.dtype)], 2) for old, new in zip(late, (k, v), strict=True))
         begins = [widest + tokens - count for count in counts]
         new_pages = []
-        for (_, full, length), count, kept, s in zip(self.held, counts, prompts, skip, strict=True):
+        for (_, full, length), count, kept, s in zip(now, counts, prompts, skip, strict=True):
             rest = count - (kept if first else 0)
             new_pages.append(max(0, rest - keep) // PAGE if keep >= 0 else 0)
             held.append((kept, full + new_pages[-1], length + tokens - s))
@@ -180,7 +212,7 @@ class KVLayer:
             begins = [b + p for b, p in zip(begins, prompts, strict=True)]
         self._room(max(full for _, full, _ in held), max(n - p for p, _, n in held) if keep < 0 else 0)
         # Packing takes some thirty bytes a value: so many pages of all heads at a time.
-        step = max(1, VALUES_AT_ONCE // (self.batch * self.kv_heads * PAGE * self.size))
+        step = max(1, min(VALUES_AT_ONCE // (self.batch * self.kv_heads * PAGE * self.size), max(new_pages)))
         for page in range(0, max(new_pages), step):
             body = self._gather(
                 all_k, all_v, [b + PAGE * page for b in begins], [PAGE * step] * self.batch, PAGE * step
@@ -218,12 +250,13 @@ class KVLayer:
 
     def _late(self) -> tuple[Tensor, Tensor]:
         """Tokens of the window in their order, ending together on the right: ``[B, Hkv, longest, D]`` each."""
-        left = [n - kept - PAGE * full for kept, full, n in self.held]
+        held = self.held
+        left = [n - kept - PAGE * full for kept, full, n in held]
         width, ring = max(left), TILE * self.window.shape[2]
         if width == 0:
             nothing = torch.empty(self.batch, self.kv_heads, 0, self.size, dtype=self.dtype, device=self.device)
             return nothing, nothing
-        last = torch.tensor([n - kept for kept, _, n in self.held], device=self.device)[:, None]
+        last = torch.tensor([n - kept for kept, _, n in held], device=self.device)[:, None]
         slots = (last - width + torch.arange(width, device=self.device)) % ring
         index = slots[:, None, :, None].expand(-1, self.kv_heads, -1, self.size)
         k, v = (t.gather(2, index) for t in unpack_tiles(self.window, self.size))
@@ -259,6 +292,13 @@ class KVLayer:
     def select(self, index: Tensor) -> None:
         """Sequences ``index`` int64 ``[n]`` and no others, in this order (beams, contrastive search); a shared prompt stays."""
         rows, index = index.tolist(), index.to(self.device)
+        if self.settings.static:
+            if len(rows) != self.batch:
+                raise ValueError(f"a static KV cache of {self.batch} sequences cannot become one of {len(rows)}")
+            for t in (self.pages, self.window, self.segments, *([self.prompt] if len(self.prompt) > 1 else [])):
+                t.copy_(t[index])
+            self.padding = [self.padding[b] for b in rows]
+            return
         if self.prompt.shape[0] == self.batch and self.batch > 1:
             self.prompt = self.prompt[index]
         self.pages, self.window, self.segments = self.pages[index], self.window[index], self.segments[index]
@@ -288,10 +328,11 @@ class KVLayer:
 
     def _crop_far(self, tokens: int) -> None:
         """Cut into pages or prompt: the page that is cut becomes tokens of the window again."""
-        ring = TILE * self.window.shape[2]
-        for b, (kept, full, length) in enumerate(self.held):
+        ring, held = TILE * self.window.shape[2], list(self.held)
+        before = torch.tensor(held)
+        for b, (kept, full, length) in enumerate(held):
             new = length - tokens
-            k, v = reference.kv4_values(self.prompt, self.pages, self.window, torch.tensor(self.held), b)
+            k, v = reference.kv4_values(self.prompt, self.pages, self.window, before, b)
             full = min(full, max(0, new - kept) // PAGE)
             kept = min(kept, new)
             start = kept + PAGE * full
@@ -299,5 +340,6 @@ class KVLayer:
             slots = (torch.arange(new - start, device=self.device) + PAGE * full) % ring
             late[0][:, slots], late[1][:, slots] = (t[:, start:new].to(self.dtype) for t in (k, v))
             self.window[b] = pack_tiles(*late)
-            self.held[b] = kept, full, new
-        self.segments.copy_(torch.tensor(self.held, dtype=torch.int32))
+            held[b] = kept, full, new
+        self.held = held
+        self.segments.copy_(torch.tensor(held, dtype=torch.int32))
