@@ -72,6 +72,14 @@ def _declines(x: Tensor, *args: Any) -> str | None:
     return None
 
 
+def _triton_declines(x: Tensor, *how: Any) -> str | None:
+    if how[3] != torch.int8:
+        return f"{how[3]} runs in torch"
+    if how[1] % 16 and how[1] != -1:
+        return f"groups of {how[1]} columns run in torch (known: multiples of 16, -1)"
+    return _declines(x, *how)
+
+
 # ------------------------------------------------------------------------------------------------ quantize_activation
 
 
@@ -104,7 +112,7 @@ _quantize = define(
     fake=_fake,
     backends={
         "cuda": Backend(_cuda, _declines),
-        "triton": Backend(_triton, _declines),
+        "triton": Backend(_triton, _triton_declines),
         "torch": Backend(_torch_of(_fake, reference.quantize_activation)),
     },
 )
