@@ -33,7 +33,7 @@ def quantize_activation(
     sums = x.new_empty((*x.shape[:-1], 0), dtype=torch.float32)
     if sum_size:
         sums = act8.store_groups(_groups(codes.float(), sum_size).sum(-1))
-    return act8.order_codes(codes), act8.store_groups(scale), sums
+    return act8.order_codes(codes.contiguous()), act8.store_groups(scale), sums
 
 
 def _groups(v: Tensor, group_size: int) -> Tensor:
