@@ -113,6 +113,7 @@ def check_all(seconds: float) -> int:
         ("zeros", 128, -1, True, torch.int8),
         ("zeros", -1, -1, True, torch.int8),
         ("zeros", 128, 128, False, torch.int8),
+        ("zeros", 128, 128, True, torch.int8),
         ("zeros", 128, -1, False, act8.FP8),
         ("fine", 32, -1, True, torch.int8),
         ("fine", 64, 32, False, torch.int8),
@@ -155,16 +156,17 @@ def time_tiles(k: int, n: int, tokens: list[int], kinds: list[str]) -> None:
         print(f"K={k} N={n} M={m}: cublas {cublas:.1f}, quantize_activation {quant:.1f}", flush=True)
         for kind in kinds:
             dtype = act8.FP8 if kind == "e4m3" else torch.int8
-            codes, act_scale, sums = quantize_activation(x, dtype=dtype, sum_size=128)
+            act_group = 128 if kind == "grouped" else -1
+            codes, act_scale, sums = quantize_activation(x, 8, act_group, 1.0, dtype, 128)
             line = []
             for tile in [(0, -1), *TILES["symmetric" if kind == "symmetric" else "zeros"]]:
                 if (tile[0] == 8 and m > 64) or (tile[0] and not m / 16 <= tile[0] % 1000 < max(2 * m, 17)):
                     continue
 
                 def one(i: int, tile: tuple[int, int] = tile, codes: Tensor = codes, act_scale: Tensor = act_scale,
-                        sums: Tensor = sums, kind: str = kind, y: Tensor = y) -> None:  # fmt: skip
+                        sums: Tensor = sums, kind: str = kind, y: Tensor = y, act_group: int = act_group) -> None:  # fmt: skip
                     (qweight, scale), zero = weights[i % copies], zeros[i % copies] if kind == "zeros" else None
-                    _launch(y, codes, act_scale, sums, qweight, scale, zero, None, n, k, GROUP, -1, *tile)
+                    _launch(y, codes, act_scale, sums, qweight, scale, zero, None, n, k, GROUP, act_group, *tile)
 
                 us = graph_us([lambda i=i: one(i) for i in range(calls)], 5)
                 line.append(f"{tile[0]}/{tile[1]} {us:.1f} ({2e-6 * m * n * k / us:.0f})")
@@ -226,7 +228,7 @@ def _times(
         return linear_w4a8(*made, *weights[i % copies], None, None, n, k, GROUP)
 
     for dtype, short in NAMES.items():
-        size = act8.sum_size(GROUP, -1) if act8.needs_sums(True, GROUP, -1, dtype) else 0
+        size = act8.sum_size(GROUP, -1) if act8.needs_sums(True, dtype) else 0
         quantize = functools.partial(quantize_activation, x, 8, -1, 1.0, dtype, size)
         name, made = f"pyquant-{short}", quantize()
         exact = (act8.plain_codes(made[0], k).double() * made[1]) @ dequantized(weights[0], n, k).double().T
@@ -250,7 +252,7 @@ def main() -> None:
     parser.add_argument("--check-seconds", type=float, default=40)
     parser.add_argument("--shape", default="8192x28672", help="KxN")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 16, 64, 256, 1024, 4096])
-    parser.add_argument("--kinds", nargs="*", default=["symmetric", "zeros", "e4m3"])
+    parser.add_argument("--kinds", nargs="*", default=["symmetric", "grouped", "zeros", "e4m3"])
     args = parser.parse_args()
     torch.manual_seed(0)
     failed = check_all(args.check_seconds) if args.check_seconds else 0

@@ -1,6 +1,6 @@
 // linear_w4a8: checks what the kernels take for granted, and picks one.
 //
-//   Hopper            linear_w4a8.cuh, one of three kinds, with the tile and cut that cost least
+//   Hopper            linear_w4a8.cuh, one of four kinds, with the tile and cut that cost least
 //   others            linear_w4a8_mma.cu
 #include <algorithm>
 #include <cmath>
@@ -13,6 +13,7 @@
 namespace pyquant {
 
 bool linear_w4a8_symmetric(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
+bool linear_w4a8_grouped(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
 bool linear_w4a8_zeros(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
 bool linear_w4a8_e4m3(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
 
@@ -92,15 +93,16 @@ void linear_w4a8(const LinearA8Call& call, int tokens, int variant, cudaStream_t
         require(!call.fp8, "linear_w4a8: e4m3 codes need a Hopper GPU");
         return linear_w4a8_mma(call, stream);
     }
-    require(
-        plain || call.sums != nullptr,
-        "linear_w4a8: weights with zeros, groups below 128, groups of tokens, and e4m3 codes need the sums of codes");
+    const bool sums = call.fp8 || call.zero != nullptr;
+    require(!sums || call.sums != nullptr, "linear_w4a8: weights with zeros, and e4m3 codes, need the sums of codes");
     const auto small = [](int64_t group) { return group > 0 && group < 128; };
     const int kind = plain ? 0 : small(call.group_size) || small(call.act_group_size) ? 2 : 1;
     const Choice choice = choose(call, kind, device.multiprocessors, tokens, variant);
-    const bool done = (plain      ? linear_w4a8_symmetric
-                       : call.fp8 ? linear_w4a8_e4m3
-                                  : linear_w4a8_zeros)(call, choice.tokens, choice.cut, device.multiprocessors, stream);
+    const auto run = plain      ? linear_w4a8_symmetric
+                     : call.fp8 ? linear_w4a8_e4m3
+                     : sums     ? linear_w4a8_zeros
+                                : linear_w4a8_grouped;
+    const bool done = run(call, choice.tokens, choice.cut, device.multiprocessors, stream);
     require(done,
             "linear_w4a8: no kernel with tiles of " + std::to_string(choice.tokens) + " tokens for these arguments");
 }

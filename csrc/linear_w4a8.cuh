@@ -11,9 +11,9 @@
 //   BN tokens   codes of x, 128 columns a stage, 128-byte swizzle: the B operand, in shared memory
 //
 // How a word becomes bytes (csrc/act8.cuh has the order of x that makes this possible):
-//   symmetric int8   (w << 4 & 0xf0f0f0f0) ^ 0x80808080 is 16 (code - 8) of row g, (w & 0xf0f0f0f0) ^ 0x80808080 of row
+//   symmetric        (w << 4 & 0xf0f0f0f0) ^ 0x80808080 is 16 (code - 8) of row g, (w & 0xf0f0f0f0) ^ 0x80808080 of row
 //                    g + 8: no zero is left, and s_w / 16 undoes the factor.
-//   zeros, int8      w & 0x0f0f0f0f and w >> 4 & 0x0f0f0f0f: the codes; S corrects by the zero.
+//   zeros            w & 0x0f0f0f0f and w >> 4 & 0x0f0f0f0f: the codes; S corrects by the zero.
 //   e4m3             the same bytes: 0 .. 15 read as e4m3 are code * 2^-9 exactly (subnormal numbers and the first
 //   normal
 //                    ones), so e4m3 needs no conversion; zeros, and the 8 of symmetric weights, through S.
@@ -50,7 +50,11 @@ constexpr int kUnits = 2;                 // of a stage
 constexpr int kStageK = kUnits * kUnitK;  // 128
 constexpr int kOutPad = 8;                // elements between tokens of a finished tile
 
-enum class Kind { symmetric, zeros, e4m3 };
+// What a weight and tokens are: symmetric, one scale a token; symmetric, scales of groups of tokens, or of the weight
+// below 128 columns; with zeros; e4m3 codes. The last two take sums of codes, and like the second scales of groups of
+// tokens.
+enum class Kind { symmetric, grouped, zeros, e4m3 };
+__host__ __device__ constexpr bool is_signed(Kind kind) { return kind == Kind::symmetric || kind == Kind::grouped; }
 
 template <int BN>
 struct Config {
@@ -67,9 +71,10 @@ template <int BN, Kind KIND, int STEP>
 struct Shared {
     using C = Config<BN>;
     static constexpr int kSteps = kStageK / STEP;
-    static constexpr bool kSums = KIND != Kind::symmetric;
+    static constexpr bool kSums = !is_signed(KIND), kAct = KIND != Kind::symmetric;
     static constexpr int kStageBytes = BN * kStageK + kGroups * (kUnits * kUnitBytes + kSteps * kStrip * 2) +
-                                       (kSums ? kSteps * (kGroups * kStrip + 2 * BN * 4) : 0);
+                                       (kSums ? kSteps * (kGroups * kStrip + BN * 4) : 0) +
+                                       (kAct ? kSteps * BN * 4 : 0);
     static constexpr int kOutBytes = kGroups * C::kOutTokens * (kStrip + kOutPad) * 2;
     static constexpr int kFit = (C::kSharedMemory - kOutBytes - 1024) / kStageBytes;
     static constexpr int kStages = kFit < 8 ? kFit : 8;
@@ -78,7 +83,7 @@ struct Shared {
     uint16_t scale[kStages][kGroups][kSteps][kStrip];
     alignas(16) uint8_t zero[kSums ? kStages : 1][kGroups][kSteps][kStrip];
     alignas(16) float sums[kSums ? kStages : 1][kSteps][kSums ? BN : 4];
-    alignas(16) float act[kSums ? kStages : 1][kSteps][kSums ? BN : 4];
+    alignas(16) float act[kAct ? kStages : 1][kSteps][kAct ? BN : 4];
     alignas(16) uint16_t out[kGroups][C::kOutTokens][kStrip + kOutPad];
     uint64_t full[kStages], empty[kStages];
 };
@@ -107,7 +112,7 @@ __device__ __forceinline__ void to_fragment(uint32_t (&a)[4], uint32_t first, ui
     const uint32_t word[2] = {first, second};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if constexpr (KIND == Kind::symmetric) {
+        if constexpr (is_signed(KIND)) {
             a[2 * i] = and_xor(word[i] << 4), a[2 * i + 1] = and_xor(word[i]);
         } else {
             a[2 * i] = word[i] & 0x0f0f0f0f, a[2 * i + 1] = word[i] >> 4 & 0x0f0f0f0f;
@@ -132,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
     using S = Shared<BN, KIND, STEP>;
     using Sum = std::conditional_t<KIND == Kind::e4m3, float, int>;
     constexpr int kChunks = BN / CHUNK, kChunkSums = CHUNK / 2;
-    constexpr bool kSums = S::kSums;
+    constexpr bool kSums = S::kSums, kAct = S::kAct;
     static_assert(BUFFERS == 1 || (kChunks % 2 == 0 && STEP == kStageK));
     extern __shared__ __align__(1024) unsigned char memory[];
     S& shared = *reinterpret_cast<S*>(memory);
@@ -153,9 +158,12 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
         for (int i = thread; i < static_cast<int>(sizeof(shared.zero)); i += kThreads) {
             (&shared.zero[0][0][0][0])[i] = kSymmetricZero;
         }
-        for (int i = thread; i < S::kStages * S::kSteps * BN; i += kThreads) {
-            (&shared.sums[0][0][0])[i] = 0.0f, (&shared.act[0][0][0])[i] = 1.0f;
-        }
+        for (int i = thread; i < static_cast<int>(sizeof(shared.sums) / 4); i += kThreads)
+            (&shared.sums[0][0][0])[i] = 0.0f;
+    }
+    if constexpr (kAct) {
+        for (int i = thread; i < static_cast<int>(sizeof(shared.act) / 4); i += kThreads)
+            (&shared.act[0][0][0])[i] = 1.0f;
     }
     ptx::fence_async();
     __syncthreads();
@@ -199,8 +207,10 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                     if constexpr (kSums) {
                         sum_first = step * S::kSteps;
                         sum_rows = min(S::kSteps, p.sum_groups - sum_first);
-                        act_first = p.act_group ? step * kStageK / p.act_group : 0;
-                        act_rows = p.act_group ? min(max(kStageK / p.act_group, 1), p.act_groups - act_first) : 0;
+                    }
+                    if (kAct && p.act_group) {
+                        act_first = step * kStageK / p.act_group;
+                        act_rows = min(max(kStageK / p.act_group, 1), p.act_groups - act_first);
                     }
                     ptx::barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
                     ptx::barrier_expect(full, BN * kStageK + (sum_rows + act_rows) * row_bytes);
@@ -210,6 +220,8 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                             ptx::copy_bulk(shared.sums[at.stage][i], sums + int64_t{sum_first + i} * p.m4 + token,
                                            row_bytes, full);
                         }
+                    }
+                    if constexpr (kAct) {
                         for (int i = 0; i < act_rows; ++i) {
                             ptx::copy_bulk(shared.act[at.stage][i], act_scale + int64_t{act_first + i} * p.m4 + token,
                                            row_bytes, full);
@@ -228,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             const int begin = work.begin, end = work.end;
             const int2 where = tile_at(work.tile, p);
             const int strip = where.x * kGroups + group, n0 = strip * kStrip, m0 = where.y * BN;
-            constexpr float kFactor = KIND == Kind::symmetric ? 0x1p-4f : KIND == Kind::e4m3 ? 0x1p9f : 1.0f;
+            constexpr float kFactor = is_signed(KIND) ? 0x1p-4f : KIND == Kind::e4m3 ? 0x1p9f : 1.0f;
             constexpr float kZeroFactor = KIND == Kind::e4m3 ? 0x1p-9f : 1.0f;
             float acc[BN / 2];
             Sum part[BUFFERS][kChunkSums];
@@ -252,10 +264,12 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                 for (int i = 0; i < kChunkSums; ++i) ptx::settle(of[i]);
 #pragma unroll
                 for (int j = 0; j < CHUNK / 8; ++j) {
+                    const int token = chunk * CHUNK + 8 * j + 2 * c;
                     float2 own_sum = {}, own_scale = {};
                     if constexpr (kSums) {
-                        const int token = chunk * CHUNK + 8 * j + 2 * c;
                         own_sum = *reinterpret_cast<const float2*>(&shared.sums[stage][sum_step][token]);
+                    }
+                    if constexpr (kAct) {
                         own_scale = *reinterpret_cast<const float2*>(&shared.act[stage][act_step][token]);
                     }
 #pragma unroll
@@ -266,10 +280,8 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                         } else {
                             v = static_cast<float>(of[4 * j + i]);
                         }
-                        if constexpr (kSums) {
-                            v = fmaf(-less[i / 2], i % 2 ? own_sum.y : own_sum.x, v) *
-                                (i % 2 ? own_scale.y : own_scale.x);
-                        }
+                        if constexpr (kSums) v = fmaf(-less[i / 2], i % 2 ? own_sum.y : own_sum.x, v);
+                        if constexpr (kAct) v *= i % 2 ? own_scale.y : own_scale.x;
                         float& to = acc[chunk * kChunkSums + 4 * j + i];
                         to = fmaf(by[i / 2], v, to);
                     }
@@ -347,7 +359,8 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                         const int own = p.group == 0 ? 0 : quarter * STEP / p.group;
                         const int own_act = p.act_group == 0 ? 0 : quarter * STEP / p.act_group;
                         if (p.group) {
-                            take_scale(shared.scale[at.stage][group][own], shared.zero[at.stage][group][own]);
+                            take_scale(shared.scale[at.stage][group][own],
+                                       kSums ? shared.zero[kSums ? at.stage : 0][group][own] : nullptr);
                         }
                         const uint2 words = reinterpret_cast<const uint2*>(
                             shared.weight[at.stage][group][quarter / 2])[2 * within + quarter % 2];

@@ -1,4 +1,4 @@
-// linear_w4a8 on Hopper for int8 codes and weights with zeros, or tokens with groups of their own.
+// linear_w4a8 on Hopper for int8 codes and weights with zeros.
 #include "linear_w4a8.cuh"
 
 namespace pyquant {

@@ -49,10 +49,9 @@ def sum_size(group_size: int, act_group_size: int) -> int:
     return 32 if 0 < group_size < 128 or 0 < act_group_size < 128 else 128
 
 
-def needs_sums(symmetric: bool, group_size: int, act_group_size: int, dtype: torch.dtype) -> bool:
-    """Whether a product takes sums of codes at all."""
-    plain = symmetric and act_group_size == -1 and sum_size(group_size, act_group_size) == 128
-    return not plain or dtype != torch.int8
+def needs_sums(symmetric: bool, dtype: torch.dtype) -> bool:
+    """Whether a product takes sums of codes at all: with zeros, and where codes are e4m3."""
+    return not symmetric or dtype != torch.int8
 
 
 def order_codes(codes: Tensor) -> Tensor:

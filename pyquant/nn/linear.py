@@ -221,7 +221,7 @@ def multiply(
     if act is None:
         return linear_w4a16(x, *weight, bias, n, group_size)
     dtype = act8.FP8 if act.kind == "float" else torch.int8
-    sums = act8.needs_sums(weight[2] is None, group_size, act.group_size, dtype)
+    sums = act8.needs_sums(weight[2] is None, dtype)
     size = act8.sum_size(group_size, act.group_size) if sums else 0
     made = quantize_activation(x, act.bits, act.group_size, act.clip, dtype, size)
     return linear_w4a8(*made, *weight, bias, n, x.shape[-1], group_size, act.group_size)

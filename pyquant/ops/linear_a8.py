@@ -44,13 +44,13 @@ def _fake(
         f"{op}: act_scale must be float32 {tuple(want)} for act_group_size={act_group_size}, "
         f"got {act_scale.dtype} {tuple(act_scale.shape)}",
     )
-    if act8.needs_sums(zero is None, group_size, act_group_size, codes.dtype):
+    if act8.needs_sums(zero is None, codes.dtype):
         size = act8.sum_size(group_size, act_group_size)
         want = (*codes.shape[:-1], num_groups(k, size))
         got = None if sums is None else tuple(sums.shape)
         check(
             sums is not None and got == tuple(want) and sums.dtype == torch.float32,
-            f"{op}: these groups, zeros or codes need sums float32 {tuple(want)} of {size} columns each, got {got}: pass "
+            f"{op}: zeros, and e4m3 codes, need sums float32 {tuple(want)} of {size} columns each, got {got}: pass "
             f"sum_size={size} when quantizing",
         )
     check(bias is None or tuple(bias.shape) == (n,), f"{op}: bias must have shape ({n},)")
@@ -73,7 +73,7 @@ def _launch(
     device, handle = codes.device.index, stream()
     m = codes.numel() // codes.shape[-1]
     act_scale = rows_of_groups(act_scale, m)
-    needed = act8.needs_sums(zero is None, group_size, act_group_size, codes.dtype)
+    needed = act8.needs_sums(zero is None, codes.dtype)
     sums = rows_of_groups(sums, m) if needed and sums is not None else None
     space = None
     if _multiprocessors(device):
