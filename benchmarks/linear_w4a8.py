@@ -24,7 +24,9 @@ GROUP = 128
 GATE = {torch.int8: 2.0**-8, act8.FP8: 2.0**-7}
 NAMES = {torch.int8: "int8", act8.FP8: "e4m3"}
 TILES = {  # of csrc/linear_w4a8*.cu: (tokens, cut)
-    "symmetric": [(t, c) for t in (16, 32, 64, 128, 256, 1128, 1256) for c in ((0, 1, 2) if t < 128 else (0, 1))]
+    "symmetric": [
+        (t, c) for t in (16, 32, 64, 128, 256, 1128, 1256, 2128, 2256, 3256) for c in ((0, 1, 2) if t < 128 else (0, 1))
+    ]
     + [(8, 0)],
     "zeros": [(t, c) for t in (16, 64, 128, 256) for c in ((0, 1, 2) if t < 128 else (0, 1))] + [(8, 0)],
     "fine": [(t, c) for t in (16, 64) for c in (0, 1, 2)] + [(8, 0)],
@@ -160,7 +162,9 @@ def time_tiles(k: int, n: int, tokens: list[int], kinds: list[str]) -> None:
             codes, act_scale, sums = quantize_activation(x, 8, act_group, 1.0, dtype, 128)
             line = []
             for tile in [(0, -1), *TILES["symmetric" if kind == "symmetric" else "zeros"]]:
-                if (tile[0] == 8 and m > 64) or (tile[0] and not m / 16 <= tile[0] % 1000 < max(2 * m, 17)):
+                if (tile[0] == 8 and (m > 64 or kind == "e4m3")) or (
+                    tile[0] and not m / 16 <= tile[0] % 1000 < max(2 * m, 17)
+                ):
                     continue
 
                 def one(i: int, tile: tuple[int, int] = tile, codes: Tensor = codes, act_scale: Tensor = act_scale,

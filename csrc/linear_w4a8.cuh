@@ -126,7 +126,7 @@ __device__ __forceinline__ float scale_bits(uint32_t bits, bool half) {  // of 1
 #endif
 
 // CHUNK: tokens of a wgmma. BUFFERS: sets of sums.
-template <int BN, int CHUNK, int BUFFERS, Kind KIND, int STEP>
+template <int BN, int CHUNK, int BUFFERS, Kind KIND, int STEP, int CLUSTER>
 __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
     w4a8_kernel(const __grid_constant__ CUtensorMap x_map, const float* __restrict__ act_scale,
                 const float* __restrict__ sums, const unsigned char* __restrict__ qweight,
@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
     using Sum = std::conditional_t<KIND == Kind::e4m3, float, int>;
     constexpr int kChunks = BN / CHUNK, kChunkSums = CHUNK / 2;
     constexpr bool kSums = S::kSums, kAct = S::kAct;
+    static_assert(CLUSTER <= 2 && (CLUSTER == 1 || Config<BN>::kBlocks == 1));
     static_assert(BUFFERS == 1 || (kChunks % 2 == 0 && STEP == kStageK));
     extern __shared__ __align__(1024) unsigned char memory[];
     S& shared = *reinterpret_cast<S*>(memory);
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
     if (thread == 0) {
         for (int i = 0; i < S::kStages; ++i) {
             ptx::barrier_init(&shared.full[i], kGroups + 1);
-            ptx::barrier_init(&shared.empty[i], kComputeThreads / 32);
+            ptx::barrier_init(&shared.empty[i], CLUSTER * kComputeThreads / 32);
         }
         ptx::barrier_init_fence();
     }
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             (&shared.act[0][0][0])[i] = 1.0f;
     }
     ptx::fence_async();
-    __syncthreads();
+    CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();  // the other block arrives at this one's barriers
+    const int rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
 
     if (group == kGroups) {  // ---- copies --------------------------------------------------------------------------
         if constexpr (C::kMoveRegisters) ptx::give_registers<C::kCopyRegisters>();
@@ -174,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
         Cursor<S::kStages> at;
         if (thread % 32 == 0 && role < kGroups) {  // weights and scales of one strip
             for (Work<false> work(p); work.more(); work.next(p)) {
-                const int64_t strip = tile_at(work.tile, p).x * kGroups + role;
+                const int64_t strip = (tile_at(work.tile, p).x * CLUSTER + rank) * kGroups + role;
                 const bool there = strip < p.strips;
                 const unsigned char* weight = qweight + (strip * p.units + work.begin * kUnits) * kUnitBytes;
                 for (int step = work.begin; step < work.end; ++step) {
@@ -214,7 +216,13 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                     }
                     ptx::barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
                     ptx::barrier_expect(full, BN * kStageK + (sum_rows + act_rows) * row_bytes);
-                    ptx::copy_box(shared.x[at.stage], &x_map, step * kStageK, token, full);
+                    if constexpr (CLUSTER > 1) {  // each block copies a part of the tile to all
+                        constexpr int kPart = BN / CLUSTER;
+                        ptx::copy_box_to(shared.x[at.stage][rank * kPart], &x_map, step * kStageK, token + rank * kPart,
+                                         full, (1 << CLUSTER) - 1);
+                    } else {
+                        ptx::copy_box(shared.x[at.stage], &x_map, step * kStageK, token, full);
+                    }
                     if constexpr (kSums) {
                         for (int i = 0; i < sum_rows; ++i) {
                             ptx::copy_bulk(shared.sums[at.stage][i], sums + int64_t{sum_first + i} * p.m4 + token,
@@ -239,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
         for (Work<true> work(p); work.more(); work.next(p)) {
             const int begin = work.begin, end = work.end;
             const int2 where = tile_at(work.tile, p);
-            const int strip = where.x * kGroups + group, n0 = strip * kStrip, m0 = where.y * BN;
+            const int strip = (where.x * CLUSTER + rank) * kGroups + group, n0 = strip * kStrip, m0 = where.y * BN;
             constexpr float kFactor = is_signed(KIND) ? 0x1p-4f : KIND == Kind::e4m3 ? 0x1p9f : 1.0f;
             constexpr float kZeroFactor = KIND == Kind::e4m3 ? 0x1p-9f : 1.0f;
             float acc[BN / 2];
@@ -297,7 +305,11 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             };
             const auto release = [&](int stage) {
                 __syncwarp();  // every lane has read its part of the stage
-                if (lane == 0) ptx::barrier_arrive(&shared.empty[stage]);
+                if constexpr (CLUSTER > 1) {
+                    if (lane < CLUSTER) ptx::barrier_arrive_at(&shared.empty[stage], lane);
+                } else if (lane == 0) {
+                    ptx::barrier_arrive(&shared.empty[stage]);
+                }
             };
 
             if constexpr (STEP == kStageK) {
@@ -355,7 +367,9 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             } else {  // 32 columns at a time
                 for (int step = begin; step < end; ++step) {
                     ptx::barrier_wait(&shared.full[at.stage], at.parity);
-                    for (int quarter = 0; quarter < 4; ++quarter) {
+                    const int quarters =
+                        min(4, (p.k - step * kStageK + STEP - 1) / STEP);  // what comes behind K is stale
+                    for (int quarter = 0; quarter < quarters; ++quarter) {
                         const int own = p.group == 0 ? 0 : quarter * STEP / p.group;
                         const int own_act = p.act_group == 0 ? 0 : quarter * STEP / p.act_group;
                         if (p.group) {
@@ -392,13 +406,14 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             }
             if (begin > 0) {  // the blocks before this one, back to the one with the tile's first columns
                 const int first = Work<true>::block_of(work.tile * p.steps, p);
-                for (int block = first + thread; block < static_cast<int>(blockIdx.x); block += kComputeThreads) {
-                    ptx::take_flag(reinterpret_cast<uint32_t*>(workspace) + block);
+                for (int block = first + thread; block < worker(p); block += kComputeThreads) {
+                    ptx::take_flag(reinterpret_cast<uint32_t*>(workspace) + block * CLUSTER + rank);
                 }
                 ptx::named_barrier(1, kComputeThreads);
-                for (int block = blockIdx.x - 1; block >= first; --block) {
-                    const float4* from =
-                        reinterpret_cast<const float4*>(workspace + kFlagBytes + block * partial_bytes(BN)) + thread;
+                for (int block = worker(p) - 1; block >= first; --block) {
+                    const float4* from = reinterpret_cast<const float4*>(workspace + kFlagBytes +
+                                                                         (block * CLUSTER + rank) * partial_bytes(BN)) +
+                                         thread;
 #pragma unroll
                     for (int i = 0; i < BN / 8; ++i) {
                         const uint4 four = ptx::load16(from + i * kComputeThreads);
@@ -465,6 +480,10 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             }
         }
     }
+    if constexpr (CLUSTER > 1) {
+        __syncwarp();
+        ptx::cluster_sync_relaxed();  // nobody leaves while the other may still copy or arrive here
+    }
 #endif
 }
 
@@ -493,7 +512,7 @@ inline CUtensorMap map_codes(const LinearA8Call& call, int tokens) {
     return map;
 }
 
-template <int BN, int CHUNK, int BUFFERS, Kind KIND, int STEP>
+template <int BN, int CHUNK, int BUFFERS, Kind KIND, int STEP, int CLUSTER = 1>
 void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t stream) {
     Problem p{};
     p.m = static_cast<int>(call.m), p.n = static_cast<int>(call.n), p.k = static_cast<int>(call.k);
@@ -506,12 +525,12 @@ void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t
     p.sum_groups = static_cast<int>(ceil_div(call.k, STEP));
     p.m4 = static_cast<int>(act8_rows(call.m));
     p.half = call.scale_dtype == 1, p.wide = call.y_dtype == 2;
-    p.row_blocks = static_cast<int>(ceil_div(call.n, kRows));
+    p.row_blocks = static_cast<int>(ceil_div(call.n, kRows * CLUSTER)), p.pairs = CLUSTER - 1;
     p.token_blocks = static_cast<int>(ceil_div(call.m, BN));
     p.steps = static_cast<int>(ceil_div(p.units, kUnits));
     p.cut = cut > 0;
 
-    constexpr auto kernel = w4a8_kernel<BN, CHUNK, BUFFERS, KIND, STEP>;
+    constexpr auto kernel = w4a8_kernel<BN, CHUNK, BUFFERS, KIND, STEP, CLUSTER>;
     constexpr size_t bytes = sizeof(Shared<BN, KIND, STEP>);
     static_assert(bytes <= Config<BN>::kSharedMemory && Shared<BN, KIND, STEP>::kStages >= 3,
                   "shared memory of a block");
@@ -519,12 +538,12 @@ void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t
     const int64_t tiles = static_cast<int64_t>(p.row_blocks) * p.token_blocks;
     require(tiles * p.steps < (int64_t{1} << 30),
             "linear_w4a8: M=" + std::to_string(p.m) + " x N=" + std::to_string(p.n) + " is too large");
-    const int64_t resident = std::min(multiprocessors * (cut ? cut : Config<BN>::kBlocks), kMaxBlocks);
-    const int64_t blocks = std::min<int64_t>(cut ? tiles * p.steps : tiles, resident);
+    const int64_t resident = std::min(multiprocessors * (cut ? cut : Config<BN>::kBlocks), kMaxBlocks) / CLUSTER;
+    const int64_t blocks = CLUSTER * std::min<int64_t>(cut ? tiles * p.steps : tiles, resident);
     require(!cut || call.workspace_bytes >= kFlagBytes + blocks * partial_bytes(BN),
             "linear_w4a8: a workspace of " + std::to_string(call.workspace_bytes) + " bytes is too small");
-    launch_programmatic("linear_w4a8", kernel, dim3(static_cast<unsigned>(blocks)), kThreads, bytes, 1, 9, stream,
-                        map_codes(call, BN), call.act_scale, call.sums,
+    launch_programmatic("linear_w4a8", kernel, dim3(static_cast<unsigned>(blocks)), kThreads, bytes, CLUSTER, 9, stream,
+                        map_codes(call, BN / CLUSTER), call.act_scale, call.sums,
                         reinterpret_cast<const unsigned char*>(call.qweight), static_cast<const uint16_t*>(call.scale),
                         call.zero, static_cast<const uint16_t*>(call.bias), call.y,
                         static_cast<unsigned char*>(call.workspace), p);

@@ -28,6 +28,15 @@ bool linear_w4a8_symmetric(const LinearA8Call& call, int tokens, int cut, int mu
         case 1256:
             launch<256, 128, 1, kKind, 128>(call, cut, multiprocessors, stream);
             return true;
+        case 2128:
+            launch<128, 64, 2, kKind, 128, 2>(call, cut, multiprocessors, stream);
+            return true;
+        case 2256:
+            launch<256, 64, 2, kKind, 128, 2>(call, cut, multiprocessors, stream);
+            return true;
+        case 3256:
+            launch<256, 128, 1, kKind, 128, 2>(call, cut, multiprocessors, stream);
+            return true;
         default:
             return false;
     }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "ptx.cuh"
+
 namespace pyquant::ptx {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // sm_90a alone knows these instructions
@@ -82,6 +84,21 @@ __device__ __forceinline__ void wgmma8(int (&d)[64], const uint32_t (&a)[4], uin
 }
 __device__ __forceinline__ void wgmma8(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PYQUANT_WGMMA8_128("f32.e4m3.e4m3", PYQUANT_FLOAT, ", 1, 1");
+}
+
+// copy_box to the same place in the shared memory of several blocks of a cluster, completing on the barrier of each.
+__device__ __forceinline__ void copy_box_to(void* shared, const void* map, int column, int row, uint64_t* barrier,
+                                            uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
+        : "memory");
+}
+// Arrive at a barrier of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_shared(barrier, rank))
+                 : "memory");
 }
 
 // After a wait: keeps the compiler from reading sums before it.
