@@ -96,7 +96,8 @@ void linear_w4a8(const LinearA8Call& call, int tokens, int variant, cudaStream_t
     const bool sums = call.fp8 || call.zero != nullptr;
     require(!sums || call.sums != nullptr, "linear_w4a8: weights with zeros, and e4m3 codes, need the sums of codes");
     const auto small = [](int64_t group) { return group > 0 && group < 128; };
-    const int kind = plain ? 0 : small(call.group_size) || small(call.act_group_size) ? 2 : 1;
+    const bool fine = small(call.group_size) || (sums ? call.act_group_size > 0 : small(call.act_group_size));
+    const int kind = plain ? 0 : fine ? 2 : 1;
     const Choice choice = choose(call, kind, device.multiprocessors, tokens, variant);
     const auto run = plain      ? linear_w4a8_symmetric
                      : call.fp8 ? linear_w4a8_e4m3

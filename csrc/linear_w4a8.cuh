@@ -51,8 +51,8 @@ constexpr int kStageK = kUnits * kUnitK;  // 128
 constexpr int kOutPad = 8;                // elements between tokens of a finished tile
 
 // What a weight and tokens are: symmetric, one scale a token; symmetric, scales of groups of tokens, or of the weight
-// below 128 columns; with zeros; e4m3 codes. The last two take sums of codes, and like the second scales of groups of
-// tokens.
+// below 128 columns; with zeros; e4m3 codes. The last two take sums of codes, and scales of groups of tokens where sums
+// become fp32 every 32 columns.
 enum class Kind { symmetric, grouped, zeros, e4m3 };
 __host__ __device__ constexpr bool is_signed(Kind kind) { return kind == Kind::symmetric || kind == Kind::grouped; }
 
@@ -71,7 +71,8 @@ template <int BN, Kind KIND, int STEP>
 struct Shared {
     using C = Config<BN>;
     static constexpr int kSteps = kStageK / STEP;
-    static constexpr bool kSums = !is_signed(KIND), kAct = KIND != Kind::symmetric;
+    static constexpr bool kSums = !is_signed(KIND);
+    static constexpr bool kAct = KIND == Kind::grouped || (kSums && STEP < kStageK);  // tokens with scales of groups
     static constexpr int kStageBytes = BN * kStageK + kGroups * (kUnits * kUnitBytes + kSteps * kStrip * 2) +
                                        (kSums ? kSteps * (kGroups * kStrip + BN * 4) : 0) +
                                        (kAct ? kSteps * BN * 4 : 0);

@@ -5,8 +5,7 @@ namespace pyquant {
 
 bool linear_w4a8_zeros(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream) {
     constexpr Kind kKind = Kind::zeros;
-    const auto small = [](int64_t group) { return group > 0 && group < kStageK; };
-    const bool fine = small(call.group_size) || small(call.act_group_size);
+    const bool fine = (call.group_size > 0 && call.group_size < kStageK) || call.act_group_size > 0;
     switch (tokens) {
         case 16:
             (fine ? launch<16, 16, 1, kKind, 32> : launch<16, 16, 1, kKind, 128>)(call, cut, multiprocessors, stream);

@@ -63,8 +63,8 @@ void quantize_activation(const ActCall& call, cudaStream_t stream);
 
 // y [m, n] contiguous = the product of 8-bit codes [m, k padded to 64] and a 4-bit weight; csrc/linear_w4a8.cuh says
 // what is computed. act_scale and sums fp32 [groups, m padded to 4]; sums of 128 columns
-// each, or of 32 where a group of the weight or of tokens is smaller than 128, are needed with zeros and for fp8.
-// scale and bias of scale_dtype (0 bf16, 1 fp16), y of scale_dtype or fp32.
+// each, or of 32 where tokens have groups or those of the weight are smaller than 128, are needed with zeros and for
+// fp8. scale and bias of scale_dtype (0 bf16, 1 fp16), y of scale_dtype or fp32.
 struct LinearA8Call {
     const void* codes;
     const float *act_scale, *sums;

@@ -34,9 +34,10 @@ KINDS = {
     "per channel": Act8Case(1, 1, 1, -1),
     "groups of tokens": Act8Case(1, 1, 1, 128, act_group_size=128, bits=4),
     "zeros": Act8Case(1, 1, 1, 128, symmetric=False),
-    "zeros per channel": Act8Case(1, 1, 1, -1, act_group_size=128, symmetric=False),
+    "zeros per channel": Act8Case(1, 1, 1, -1, symmetric=False),
     "e4m3": Act8Case(1, 1, 1, 128, dtype=act8.FP8),
     "small groups": Act8Case(1, 1, 1, 64, act_group_size=32),
+    "small steps of zeros": Act8Case(1, 1, 1, -1, act_group_size=128, symmetric=False),
     "small groups and zeros": Act8Case(1, 1, 1, 32, symmetric=False),
     "small groups of e4m3": Act8Case(1, 1, 1, 128, act_group_size=64, dtype=act8.FP8),
 }

@@ -45,8 +45,9 @@ def padded_columns(k: int) -> int:
 
 
 def sum_size(group_size: int, act_group_size: int) -> int:
-    """Columns of a sum of codes for these groups of a weight and of tokens: 128, or 32 where either is smaller."""
-    return 32 if 0 < group_size < 128 or 0 < act_group_size < 128 else 128
+    """Columns of a sum of codes for these groups of a weight and of tokens: 128, or 32 where tokens have groups, or the
+    weight's are smaller than 128."""
+    return 32 if 0 < group_size < 128 or act_group_size != -1 else 128
 
 
 def needs_sums(symmetric: bool, dtype: torch.dtype) -> bool:
