@@ -13,6 +13,7 @@ from benchmarks import peers
 from benchmarks.attention_kv4 import attention_kv4_rows
 from benchmarks.distill import distill_rows
 from benchmarks.fake_quant import fake_quant_rows
+from benchmarks.linear_w4a8 import linear_w4a8_rows
 from benchmarks.timing import chain_us, copies_for, meta
 
 SHAPES = [(4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # (K, N)
@@ -67,6 +68,7 @@ def linear_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tupl
 
 FAMILIES = {
     "linear": linear_rows,
+    "linear_w4a8": linear_w4a8_rows,
     "fake_quant": fake_quant_rows,
     "distill": distill_rows,
     "attention_kv4": attention_kv4_rows,
@@ -88,7 +90,7 @@ def main() -> None:
     about["commit"] = args.commit or os.environ.get("PYQUANT_COMMIT") or about["commit"]
     print(json.dumps(about))
     shapes = [tuple(int(v) for v in s.split("x")) for s in args.shapes]
-    extra = (args.tokens, shapes) if args.family == "linear" else ()
+    extra = (args.tokens, shapes) if args.family in ("linear", "linear_w4a8") else ()
     rows = FAMILIES[args.family](about["ceilings"], *extra)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,6 +53,26 @@ void linear_w4a16(uintptr_t x, int64_t x_stride, int dtype, uintptr_t qweight, u
     pyquant::linear_w4a16(call, tokens, variant, as_stream(stream));
 }
 
+void quantize_activation(uintptr_t x, int64_t x_stride, int dtype, int source, uintptr_t weight, float eps,
+                         uintptr_t small, int small_size, uintptr_t codes, uintptr_t scale, uintptr_t sums, int64_t m,
+                         int64_t k, int64_t group_size, int64_t sum_size, int bits, double clip, bool fp8,
+                         uintptr_t stream) {
+    pyquant::quantize_activation(
+        {at<void>(x), x_stride, dtype, source, at<void>(weight), eps, at<float>(small), small_size, at<void>(codes),
+         at<float>(scale), at<float>(sums), m, k, group_size, sum_size, bits, clip, fp8},
+        as_stream(stream));
+}
+
+void linear_w4a8(uintptr_t codes, uintptr_t act_scale, uintptr_t sums, bool fp8, uintptr_t qweight, uintptr_t scale,
+                 int scale_dtype, uintptr_t zero, uintptr_t bias, uintptr_t y, int y_dtype, int64_t m, int64_t n,
+                 int64_t k, int64_t group_size, int64_t act_group_size, uintptr_t stream, uintptr_t workspace,
+                 int64_t workspace_bytes, int tokens, int variant) {
+    pyquant::linear_w4a8({at<void>(codes), at<float>(act_scale), at<float>(sums), fp8, at<int32_t>(qweight),
+                          at<void>(scale), scale_dtype, at<uint8_t>(zero), at<void>(bias), at<void>(y), y_dtype, m, n,
+                          k, group_size, act_group_size, at<void>(workspace), workspace_bytes},
+                         tokens, variant, as_stream(stream));
+}
+
 uint64_t capture_id(uintptr_t stream) {
     cudaStreamCaptureStatus status{};
     unsigned long long id = 0;
@@ -294,6 +314,13 @@ PYBIND11_MODULE(_C, m) {
           py::arg("group_size"), py::arg("stream"), py::arg("workspace") = 0, py::arg("workspace_bytes") = 0,
           py::arg("tokens") = 0, py::arg("variant") = -1);
     m.def("linear_workspace", &pyquant::linear_workspace, py::arg("multiprocessors"));
+    m.def("quantize_activation", &quantize_activation);
+    m.def("linear_w4a8", &linear_w4a8, py::arg("codes"), py::arg("act_scale"), py::arg("sums"), py::arg("fp8"),
+          py::arg("qweight"), py::arg("scale"), py::arg("scale_dtype"), py::arg("zero"), py::arg("bias"), py::arg("y"),
+          py::arg("y_dtype"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group_size"),
+          py::arg("act_group_size"), py::arg("stream"), py::arg("workspace") = 0, py::arg("workspace_bytes") = 0,
+          py::arg("tokens") = 0, py::arg("variant") = -1);
+    m.def("linear_w4a8_workspace", &pyquant::linear_w4a8_workspace, py::arg("multiprocessors"));
     m.def("capture_id", &capture_id, py::arg("stream"),
           "The id of the graph that a stream is being captured into, or 0.");
     m.def("fake_quant", &fake_quant);

@@ -41,6 +41,52 @@ void linear_wgmma_bf16(const LinearCall& call, int force_tokens, int force_cut, 
 void linear_wgmma_fp16(const LinearCall& call, int force_tokens, int force_cut, cudaStream_t stream);
 int64_t linear_workspace(int multiprocessors);  // bytes
 
+// Rows of x [m, k], x_stride apart, to 8-bit codes [m, k padded to 64] and scales fp32 [groups, m padded to 4]:
+// csrc/act8.cu. source 0 takes x, 1 rms_norm(x) with weight [k] and eps, 2 silu(gate) * up of x [m, 2 k], 3 the rotated
+// x with a dense factor small fp32 [small_size, small_size], or null. sum_size 0: no sums; else fp32 like scale.
+struct ActCall {
+    const void* x;
+    int64_t x_stride;
+    int dtype, source;
+    const void* weight;
+    float eps;
+    const float* small;
+    int small_size;
+    void* codes;
+    float *scale, *sums;
+    int64_t m, k, group_size, sum_size;
+    int bits;
+    double clip;
+    bool fp8;
+};
+void quantize_activation(const ActCall& call, cudaStream_t stream);
+
+// y [m, n] contiguous = the product of 8-bit codes [m, k padded to 64] and a 4-bit weight; csrc/linear_w4a8.cuh says
+// what is computed. act_scale and sums fp32 [groups, m padded to 4]; sums of 128 columns
+// each, or of 32 where tokens have groups or those of the weight are smaller than 128, are needed with zeros and for
+// fp8. scale and bias of scale_dtype (0 bf16, 1 fp16), y of scale_dtype or fp32.
+struct LinearA8Call {
+    const void* codes;
+    const float *act_scale, *sums;
+    bool fp8;
+    const int32_t* qweight;
+    const void* scale;
+    int scale_dtype;
+    const uint8_t* zero;
+    const void* bias;
+    void* y;
+    int y_dtype;
+    int64_t m, n, k, group_size, act_group_size;
+    void* workspace;  // linear_w4a8_workspace() bytes, zero before its first use and used by one launch at a time; or
+                      // null
+    int64_t workspace_bytes;
+};
+// tokens and variant pin the tile and how it is cut, as for linear_w4a16; 0 and -1 leave the choice to the kernels, and
+// tokens = 8 is linear_w4a8_mma.
+void linear_w4a8(const LinearA8Call& call, int tokens, int variant, cudaStream_t stream);
+void linear_w4a8_mma(const LinearA8Call& call, cudaStream_t stream);
+int64_t linear_w4a8_workspace(int multiprocessors);  // bytes
+
 // fake_quant: out [n, k] contiguous = the quantized value of w; scale and zero fp32 row-major [n, ceil(k / group)].
 // Its backward: out is dw, dscale and dzero are fp32 row-major. rounding 0 straight-through, 1 and 2 the sigmoid
 // roundings A and B; clamp 0 hard, 1 sigmoid, 2 phi; temperature one fp32 on the device, or null with rounding 0.

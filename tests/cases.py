@@ -425,12 +425,14 @@ def sample_calls(device: str) -> dict[str, list[tuple]]:
         wide = torch.randn(2, 100, 5, device=device).half().transpose(1, 2)
         calls["linear_w4a16"].append((leaf(wide), qweight, scale, zero, None, 70, 32))
         calls["linear_w4a16_backward"].append((wide[..., :70], qweight, scale, zero, 100, 32))
-    import decode_cases  # here, as it imports this file
+    import act8_cases  # here, as they import this file
+    import decode_cases
     import distill_cases
     import kv4_cases
 
     return {
         **calls,
+        **act8_cases.sample_calls(device),
         **decode_cases.sample_calls(device),
         **distill_cases.sample_calls(device),
         **kv4_cases.sample_calls(device),

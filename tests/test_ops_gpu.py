@@ -36,12 +36,17 @@ class Calls:
             FakeQuantCase(65, 384, 128, symmetric=False), torch.float16, device
         )
         self.t = torch.full((2,), 4.0, device=device)[0]
+        self.codes, self.token_scale, self.sums = ops.quantize_activation(self.many, sum_size=128)
         quant = torch.ops.pyquant
         self.all = {
             "linear_w4a16": lambda: (ops.linear_w4a16(self.x, qweight, scale, zero, None, 130, 128),),
             "linear_w4a16 of many tokens": lambda: (ops.linear_w4a16(self.many, qweight, scale, zero, None, 130, 128),),
             "linear_w4a16_backward": lambda: (
                 quant.linear_w4a16_backward(self.grad_y, qweight, scale, zero, 512, 128),
+            ),
+            "quantize_activation": lambda: ops.quantize_activation(self.x, 8, 32, sum_size=128),
+            "linear_w4a8": lambda: (
+                ops.linear_w4a8(self.codes, self.token_scale, self.sums, qweight, scale, zero, None, 130, 512, 128),
             ),
             "dequantize_int4": lambda: (ops.dequantize_int4(qweight, scale, zero, 130, 512, 128),),
             "quantize_int4": lambda: (ops.quantize_int4(self.w, self.s, None, 128, 4),),
@@ -57,6 +62,7 @@ class Calls:
         # the first argument of each op: what changes between two replays
         self.first = {
             "linear_w4a16": self.x, "linear_w4a16 of many tokens": self.many,
+            "quantize_activation": self.x, "linear_w4a8": self.codes,
             "linear_w4a16_backward": self.grad_y, "dequantize_int4": scale,
             "quantize_int4": self.w, "fake_quant": self.w, "fake_quant_backward": self.grad,
             "fake_quant at a temperature": self.w, "fake_quant_backward at a temperature": self.grad,
@@ -71,6 +77,8 @@ NAMES = [
     "linear_w4a16",
     "linear_w4a16 of many tokens",
     "linear_w4a16_backward",
+    "quantize_activation",
+    "linear_w4a8",
     "dequantize_int4",
     "quantize_int4",
     "fake_quant",

@@ -155,7 +155,11 @@ def test_spec_travels_through_the_config():
         (("config_groups", "group_0", "weights", "num_bits"), 8, "its weights have 8 bits"),
         (("config_groups", "group_0", "weights", "type"), "float", "its weights are float"),
         (("config_groups", "group_0", "weights", "actorder"), "group", "activation order"),
-        (("config_groups", "group_0", "input_activations"), {"num_bits": 8}, "activations are quantized"),
+        (
+            ("config_groups", "group_0", "input_activations"),
+            {"num_bits": 8},
+            "its inputs are quantized symmetric, strategy None",
+        ),
         (("config_groups", "group_0", "targets"), ["re:.*q_proj"], "targets"),
         (("config_groups", "group_1"), {}, "2 config groups"),
     ],

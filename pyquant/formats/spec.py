@@ -74,6 +74,41 @@ class QuantSpec:
         return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
 
 
+@dataclass(frozen=True)
+class ActSpec:
+    """How the inputs of a linear layer are quantized, token by token, with scales found as it runs.
+
+    Args:
+        bits: width of a code, 2..8 (all are multiplied as 8-bit integers).
+        group_size: input features of a token that share a scale: 32, 64, 128, or -1 for one scale a token.
+        clip: factor of the largest magnitude, in (0, 1].
+        kind: ``int``, or ``float`` for e4m3 (8 bits).
+
+    Raises:
+        ValueError: for what no kernel here holds.
+    """
+
+    bits: int = 8
+    group_size: int = -1
+    clip: float = 1.0
+    kind: str = "int"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"act_bits={self.bits} must be between 2 and 8 (or 16 for inputs as they are)")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"act_group_size={self.group_size} must be one of {GROUP_SIZES} (-1 means a whole token)")
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"act_clip={self.clip:g} must be in (0, 1]")
+        if self.kind not in ("int", "float") or (self.kind == "float" and self.bits != 8):
+            raise ValueError(f"act_kind={self.kind!r} must be 'int', or 'float' with 8 bits (act_bits={self.bits})")
+
+    def __str__(self) -> str:
+        group = "a token" if self.group_size == -1 else f"g{self.group_size}"
+        clip = "" if self.clip == 1 else f" clip {self.clip:.3g}"
+        return f"A{self.bits} {'e4m3 ' if self.kind == 'float' else ''}{group}{clip}"
+
+
 def num_groups(k: int, group_size: int) -> int:
     """Groups along K; the last may be ragged. ``group_size=-1`` is one group."""
     return 1 if group_size == -1 else -(-k // group_size)

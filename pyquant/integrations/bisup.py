@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyquant.formats.spec import QuantSpec
+from pyquant.formats.spec import ActSpec, QuantSpec
 from pyquant.integrations.blockwise import Windows, split_report
 from pyquant.integrations.checkpoint import local_folder
 from pyquant.integrations.config import QuantizeConfig
@@ -185,13 +185,39 @@ def apply_activations(model: nn.Module, folder: str | Path) -> list[Any]:
         FileNotFoundError: the folder has no such file.
         ValueError: it names a layer that the model lacks.
     """
-    file = local_folder(str(folder)) / FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no {FILE}: only pyquant quantize --recipe bisup writes one")
-    facts, modules = json.loads(file.read_text()), dict(model.named_modules())
+    facts, modules = _read(folder), dict(model.named_modules())
     for name in facts["layers"]:
         if name not in modules:
-            raise ValueError(f"{file} names the layer {name!r}, which the model lacks")
+            raise ValueError(f"{FILE} of {folder} names the layer {name!r}, which the model lacks")
     device = next(model.parameters()).device
     inputs = {n: Inputs(facts["bits"], facts["group_size"], clip).to(device) for n, clip in facts["layers"].items()}
     return attach(model, inputs)
+
+
+def run_activations(model: nn.Module, folder: str | Path) -> int:
+    """Let the layers of a loaded model quantize their inputs in the kernels of ``linear_w4a8`` as the folder's
+    ``activations.json`` says: the codes of :func:`apply_activations`, products up to fp32 sums.
+
+    Returns:
+        how many layers.
+
+    Raises:
+        FileNotFoundError: the folder has no such file.
+        ValueError: it names a layer that the model lacks, or that holds no 4-bit weight.
+    """
+    facts, modules = _read(folder), dict(model.named_modules())
+    for name, clip in facts["layers"].items():
+        layer = modules.get(name)
+        if not isinstance(layer, QLinear):
+            raise ValueError(
+                f"{FILE} of {folder} names {name!r}, which is {type(layer).__name__} in the model, no QLinear"
+            )
+        layer.act = ActSpec(facts["bits"], facts["group_size"], clip) if facts["bits"] != 16 else None
+    return len(facts["layers"])
+
+
+def _read(folder: str | Path) -> dict[str, Any]:
+    file = local_folder(str(folder)) / FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {FILE}: only pyquant quantize --recipe bisup writes one")
+    return json.loads(file.read_text())

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
+from pyquant.integrations.act_config import common_act, input_activations
 from pyquant.integrations.checkpoint import INDEX, SINGLE, local_folder, read_config
 from pyquant.integrations.evaluate import probe_logits
 from pyquant.integrations.files import flush
@@ -106,7 +107,7 @@ def export(
         config = gptq_config(spec, [name for name, m in model.named_modules() if isinstance(m, QLinear)], kept)
         tensors = _tensors(model, dtype, lambda _, layer: gptq_tensors(layer))
     else:
-        config = compressed_tensors_config(spec, kept)
+        config = compressed_tensors_config(spec, kept, common_act(model))
         tensors = _tensors(model, dtype, lambda _, layer: _packed(layer, dtype))
     notes = [note] if note else []
     if fmt == "compressed-tensors" and not spec.symmetric:
@@ -199,6 +200,10 @@ def _check_model(model: nn.Module, spec: QuantSpec, fmt: str) -> None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, QLinear) and getattr(model.config, "tie_word_embeddings", False):
         raise ValueError("the output layer is quantized but the config ties it to the embedding; exclude it")
+    act = common_act(model)
+    if fmt == "gptq" and act is not None:
+        raise ValueError(f"inputs are quantized as {act}, for which gptq has no place; write compressed-tensors")
+    input_activations(act)
     if fmt == "gptq":
         for name, layer in layers.items():  # before anything is written
             check_gptq(name, layer)

@@ -23,7 +23,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from pyquant.formats.spec import QuantSpec
+from pyquant.formats.spec import ActSpec, QuantSpec
+from pyquant.integrations.act_config import act_of, input_activations, set_act
 from pyquant.integrations.checkpoint import check_causal, check_weights, local_folder, read_config
 from pyquant.nn.linear import QLinear
 from pyquant.nn.swap import matches, swap
@@ -32,12 +33,13 @@ from pyquant.recipes.rtn import check_deployable
 METHOD = "pyquant"
 
 
-def compressed_tensors_config(spec: QuantSpec, ignore: list[str]) -> dict[str, Any]:
+def compressed_tensors_config(spec: QuantSpec, ignore: list[str], act: ActSpec | None = None) -> dict[str, Any]:
     """``quantization_config`` of a compressed-tensors ``pack-quantized`` checkpoint.
 
     Args:
         spec: bits, group size, symmetry.
         ignore: names of the linear layers that are not quantized.
+        act: how the inputs of the others are, None for 16 bits.
     """
     per_channel = spec.group_size == -1
     weights = {
@@ -52,7 +54,7 @@ def compressed_tensors_config(spec: QuantSpec, ignore: list[str]) -> dict[str, A
         "targets": ["Linear"],
         "format": "pack-quantized",
         "weights": weights,
-        "input_activations": None,
+        "input_activations": input_activations(act),
         "output_activations": None,
     }
     return {
@@ -86,8 +88,12 @@ def spec_of(quantization_config: dict[str, Any], where: str = "the checkpoint") 
     weights = groups[0].get("weights") or {}
     if groups[0].get("targets") != ["Linear"]:
         raise refuse(f"its targets are {groups[0].get('targets')} instead of ['Linear']")
-    if groups[0].get("input_activations") or groups[0].get("output_activations"):
-        raise refuse("its activations are quantized")
+    if groups[0].get("output_activations"):
+        raise refuse("its outputs are quantized")
+    try:
+        act_of(groups[0].get("input_activations"))
+    except ValueError as error:
+        raise refuse(str(error)) from None
     if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
         raise refuse(f"its weights are {weights.get('type')} with strategy {weights.get('strategy')!r}")
     if weights.get("actorder") == "group":
@@ -107,6 +113,8 @@ class PyQuantConfig(QuantizationConfigMixin):
         include, exclude: shell-style patterns on layer names, for on-the-fly quantization.
         skip_experts: leave fused mixture-of-experts weights in high precision instead of refusing them.
         ignore: linear layers that are not quantized, names or ``"re:..."``; known from the checkpoint, or once loaded.
+        act_bits, act_group_size, act_kind: as :class:`~pyquant.formats.spec.ActSpec`, for the inputs of quantized layers;
+            16 bits are inputs as they are.
 
     Raises:
         ValueError: for widths or group sizes that no kernel holds.
@@ -122,6 +130,9 @@ class PyQuantConfig(QuantizationConfigMixin):
         exclude: list[str] | tuple[str, ...] = ("lm_head",),
         skip_experts: bool = False,
         ignore: list[str] | None = None,
+        act_bits: int = 16,
+        act_group_size: int = -1,
+        act_kind: str = "int",
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
@@ -129,12 +140,19 @@ class PyQuantConfig(QuantizationConfigMixin):
         self.rule, self.skip_experts = rule, skip_experts
         self.include, self.exclude = list(include), list(exclude)
         self.ignore = list(ignore or [])
+        self.act_bits, self.act_group_size, self.act_kind = act_bits, act_group_size, act_kind
         check_deployable(self.spec)
+        ActSpec(8 if act_bits == 16 else act_bits, act_group_size, kind=act_kind)  # raises where there is none such
 
     @property
     def spec(self) -> QuantSpec:
         """Bits, group size and symmetry as one object."""
         return QuantSpec(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def act(self) -> ActSpec | None:
+        """How inputs are quantized, or None."""
+        return None if self.act_bits == 16 else ActSpec(self.act_bits, self.act_group_size, kind=self.act_kind)
 
     def ignores(self, name: str) -> bool:
         """Whether a layer of a quantized checkpoint is in high precision."""
@@ -142,7 +160,7 @@ class PyQuantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds: the compressed-tensors form, which others read as well."""
-        return compressed_tensors_config(self.spec, self.ignore)
+        return compressed_tensors_config(self.spec, self.ignore, self.act)
 
     def fields(self) -> dict[str, Any]:
         """The arguments, with ``quant_method``: what makes from_pretrained choose this plug-in."""
@@ -156,7 +174,12 @@ class PyQuantConfig(QuantizationConfigMixin):
             ValueError: as :func:`spec_of`.
         """
         spec = spec_of(config, where)
-        return cls(**spec.to_dict(), ignore=config.get("ignore"))
+        (group,) = config["config_groups"].values()
+        act = act_of(group.get("input_activations"))
+        inputs: dict[str, Any] = (
+            {} if act is None else {"act_bits": act.bits, "act_group_size": act.group_size, "act_kind": act.kind}
+        )
+        return cls(**spec.to_dict(), ignore=config.get("ignore"), **inputs)
 
 
 class _Quantize(ConversionOps):
@@ -230,7 +253,9 @@ class PyQuantQuantizer(HfQuantizer):
 
             def replace(name: str, linear: nn.Linear) -> nn.Module:
                 bias = linear.bias is not None
-                return QLinear(linear.in_features, linear.out_features, bias, spec, "meta", linear.weight.dtype)
+                return QLinear(
+                    linear.in_features, linear.out_features, bias, spec, "meta", linear.weight.dtype, config.act
+                )
         else:
             include, exclude, skip_experts = config.include, config.exclude, config.skip_experts
 
@@ -263,6 +288,7 @@ class PyQuantQuantizer(HfQuantizer):
             left = [n for n in self.targets if not isinstance(model.get_submodule(n), QLinear)]
             if left:
                 raise ValueError(f"the checkpoint has no weight for {len(left)} layer(s) such as {min(left)}")
+            set_act(model, self.quantization_config.act)
             return model
         for name, module in model.named_modules():
             if not isinstance(module, QLinear):

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyquant.formats import int4
-from pyquant.nn.linear import QLinear
-from pyquant.ops import linear_w4a16
+from pyquant.nn.linear import QLinear, multiply
 
 
 class FusedLinear:
@@ -45,7 +44,8 @@ class FusedLinear:
         if self.weight is None:
             parts = [layer(x) for layer in self.layers]
             return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return linear_w4a16(x, *self.weight, self.bias, self.n, self.layers[0].spec.group_size)
+        first = self.layers[0]
+        return multiply(x, self.weight, self.bias, self.n, first.spec.group_size, first.act)
 
 
 def _unfit(layers: Sequence[nn.Module]) -> str | None:
@@ -63,6 +63,7 @@ def _unfit(layers: Sequence[nn.Module]) -> str | None:
             ("in_features", first.in_features, layer.in_features),
             ("group_size", first.spec.group_size, layer.spec.group_size),
             ("symmetric", first.spec.symmetric, layer.spec.symmetric),
+            ("act", first.act, layer.act),
             ("dtype", first.scale.dtype, layer.scale.dtype),
             ("device", first.scale.device, layer.scale.device),
         ):

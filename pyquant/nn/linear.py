@@ -7,9 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyquant.formats import int4
-from pyquant.formats.spec import QuantSpec
-from pyquant.ops import dequantize_int4, fake_quant, linear_w4a16, quantize_int4
+from pyquant.formats import act8, int4
+from pyquant.formats.spec import ActSpec, QuantSpec
+from pyquant.ops import (
+    dequantize_int4,
+    fake_quant,
+    linear_w4a8,
+    linear_w4a16,
+    quantize_activation,
+    quantize_int4,
+)
 from pyquant.quantizers.base import Quantizer, make_quantizer
 from pyquant.quantizers.ranges import find_range, round_scale
 
@@ -31,6 +38,8 @@ class QLinear(nn.Module):
         spec: bits (2..4), group size, symmetry.
         device: where the empty tensors live.
         dtype: bf16, fp16 (or fp32, which runs in plain torch): of scales and bias, and so of x.
+        act: how inputs are quantized to 8 bits or fewer on the way, token by token; None leaves them. Such a layer is for
+            inference: no gradient passes through it. May be set later (``layer.act = ActSpec(8)``).
 
     Raises:
         ValueError: for more than 4 bits, or a K that is no multiple of the group.
@@ -44,9 +53,11 @@ class QLinear(nn.Module):
         spec: QuantSpec | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        act: ActSpec | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec or QuantSpec()
+        self.act = act
         dtype = dtype or torch.get_default_dtype()
         if self.spec.bits > 4:
             raise ValueError(f"QLinear holds 2..4 bits, not {self.spec.bits}")
@@ -114,7 +125,8 @@ class QLinear(nn.Module):
             )
         if x.dtype != self.scale.dtype and torch.is_autocast_enabled(x.device.type):
             x = x.to(self.scale.dtype)
-        return linear_w4a16(x, self.qweight, self.scale, self.zero, self.bias, self.out_features, self.spec.group_size)
+        weight = self.qweight, self.scale, self.zero
+        return multiply(x, weight, self.bias, self.out_features, self.spec.group_size, self.act)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """w_hat ``[out_features, in_features]``, in the layer's dtype unless another is given."""
@@ -123,7 +135,9 @@ class QLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bias = self.bias is not None
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, {self.spec}" + (
+            "" if self.act is None else f" {self.act}"
+        )
 
     # ---------------------------------------------------------------------------------------- state
 
@@ -193,6 +207,24 @@ class QLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if here:
             self.prepare()
+
+
+def multiply(
+    x: Tensor,
+    weight: tuple[Tensor, Tensor, Tensor | None],
+    bias: Tensor | None,
+    n: int,
+    group_size: int,
+    act: ActSpec | None = None,
+) -> Tensor:
+    """``x @ w_hat.T + bias`` of a tiled weight (qweight, scale, zero), x quantized as act says, or as it is."""
+    if act is None:
+        return linear_w4a16(x, *weight, bias, n, group_size)
+    dtype = act8.FP8 if act.kind == "float" else torch.int8
+    sums = act8.needs_sums(weight[2] is None, dtype)
+    size = act8.sum_size(group_size, act.group_size) if sums else 0
+    made = quantize_activation(x, act.bits, act.group_size, act.clip, dtype, size)
+    return linear_w4a8(*made, *weight, bias, n, x.shape[-1], group_size, act.group_size)
 
 
 def _portable_like(layer: QLinear, device: torch.device | str | None, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -4,6 +4,13 @@ Same names and argument order as :mod:`pyquant.ops`; arithmetic in fp32 (fp64 in
 Notation in :mod:`pyquant.formats`.
 """
 
+from pyquant.reference.act8 import (
+    hadamard_quantize,
+    linear_w4a8,
+    quantize_activation,
+    rms_norm_quantize,
+    silu_and_mul_quantize,
+)
 from pyquant.reference.attention_kv4 import append_kv4, attention_kv4, kv4_values
 from pyquant.reference.decode import (
     add_rms_norm,
@@ -33,14 +40,19 @@ __all__ = [
     "fake_quant",
     "fake_quant_backward",
     "greedy_append",
+    "hadamard_quantize",
     "kv4_values",
+    "linear_w4a8",
     "linear_w4a16",
     "linear_w4a16_backward",
+    "quantize_activation",
     "quantize_int4",
     "rms_norm",
+    "rms_norm_quantize",
     "rope_append",
     "rotate",
     "silu_and_mul",
+    "silu_and_mul_quantize",
     "soft_clamp",
     "soft_round",
     "sum_groups",
