@@ -14,7 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from kv4_cases import FAULTY_CASE, KV4_CASES, KV4_FAULTS, KV4_MORE, OPTION_FAULTS, OPTIONS_CASE, make_case, want_kv4
+from kv4_cases import (
+    FAULTY_CASE,
+    KV4_CASES,
+    KV4_FAULTS,
+    KV4_MORE,
+    OLD_CASE,
+    OPTION_FAULTS,
+    OPTIONS_CASE,
+    make_case,
+    want_kv4,
+    without_old,
+)
 from test_kv4_append import Story
 
 from cases import mismatch
@@ -174,6 +185,11 @@ def test_notices(lib):
     q, cache, options, want = check(lib, OPTIONS_CASE, 5)
     for name, fault in OPTION_FAULTS.items():
         assert mismatch(attend(lib, q, cache, **(options | fault(cache)))[0], want), f"the comparison missed: {name}"
+
+
+def test_what_is_too_old_is_not_read(lib):
+    q, cache, options, want = check(lib, OLD_CASE, 40)
+    assert mismatch(attend(lib, q, without_old(cache), **options)[0], want) is None
 
 
 @pytest.mark.parametrize(
