@@ -274,6 +274,17 @@ OPTION_FAULTS: dict[str, Callable[[Cache], dict]] = {
 }
 
 
+# Two query tokens and a window of 80: the prompt and the first three pages of both sequences lie before it.
+OLD_CASE = replace(OPTIONS_CASE, segments=((64, 4, 70), (80, 3, 100)), tokens=2, sliding=80)
+
+
+def without_old(cache: Cache) -> Cache:
+    """The cache of OLD_CASE with NaN, also as scales, in what no query sees."""
+    pages = cache.pages.clone()
+    pages[:, :, :3] = 0xFF
+    return replace(cache, prompt=torch.full_like(cache.prompt, float("nan")), pages=pages)
+
+
 # ------------------------------------------------------------------------------------------------ arguments for opcheck
 
 

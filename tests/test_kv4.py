@@ -12,6 +12,7 @@ from kv4_cases import (
     KV4_CASES,
     KV4_FAULTS,
     KV4_MORE,
+    OLD_CASE,
     OPTION_FAULTS,
     OPTIONS_CASE,
     attend,
@@ -19,6 +20,7 @@ from kv4_cases import (
     make_tokens,
     page_values,
     want_kv4,
+    without_old,
 )
 
 from cases import RESULT_FAULTS, mismatch
@@ -221,12 +223,8 @@ def test_what_lies_before_the_sliding_window_is_not_read(backend):
     """Pages and tiles that no query sees may hold anything, NaN scales too."""
     if backend[0] == "torch":
         pytest.skip("plain torch computes all scores and then hides them")
-    case = replace(OPTIONS_CASE, segments=((64, 4, 70), (80, 3, 100)), tokens=2, sliding=80)
-    q, cache = make_case(case, torch.float16, backend[1])
-    want = attend(q, cache, case)
-    pages, prompt = cache.pages.clone(), torch.full_like(cache.prompt, float("nan"))
-    pages[:, :, :3] = 0xFF
-    got = attend(q, replace(cache, prompt=prompt, pages=pages), case)
+    q, cache = make_case(OLD_CASE, torch.float16, backend[1])
+    want, got = attend(q, cache, OLD_CASE), attend(q, without_old(cache), OLD_CASE)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -15,12 +15,14 @@ from kv4_cases import (
     KV4_CASES,
     KV4_FAULTS,
     KV4_MORE,
+    OLD_CASE,
     OPTION_FAULTS,
     OPTIONS_CASE,
     Kv4Case,
     attend,
     make_case,
     want_kv4,
+    without_old,
 )
 from test_kv4_append import APPENDS, Story
 
@@ -70,6 +72,14 @@ def test_notices_options(splits, monkeypatch):
     q, cache, want = check(OPTIONS_CASE, "cpu", monkeypatch)
     for name, fault in OPTION_FAULTS.items():
         assert mismatch(attend(q, cache, OPTIONS_CASE, **fault(cache))[0], want), f"the comparison missed: {name}"
+
+
+@interpreted
+@pytest.mark.usefixtures("poison")
+def test_what_is_too_old_is_not_read(monkeypatch):
+    q, cache, _ = check(OLD_CASE, "cpu", monkeypatch)
+    got, want = attend(q, without_old(cache), OLD_CASE), attend(q, cache, OLD_CASE)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @interpreted

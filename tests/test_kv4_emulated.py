@@ -1,0 +1,229 @@
+"""The CUDA kernels of the KV cache without a GPU: their source, compiled for the CPU, where a thread is a fiber.
+
+``tests/emulated`` stands in for csrc/pieces.cuh and what it includes, and says what such a run cannot show. It needs a C++
+compiler that knows C++20 and ``_Float16``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from kv4_cases import (
+    FAULTY_CASE,
+    KV4_CASES,
+    KV4_FAULTS,
+    KV4_MORE,
+    OLD_CASE,
+    OPTION_FAULTS,
+    OPTIONS_CASE,
+    make_case,
+    want_kv4,
+    without_old,
+)
+from test_kv4_append import Story
+
+from cases import mismatch
+from pyquant import ops
+from pyquant.formats import kv4
+
+ROOT = Path(__file__).resolve().parents[1]
+DYNAMIC = "    extern __shared__ __align__(16) unsigned char memory[];\n"  # is a variable of the emulation
+P, L, F, B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
+
+
+class Attention(ctypes.Structure):
+    """Kv4Arguments of csrc/ops.h."""
+
+    _fields_ = [
+        ("q", P), ("q_batch_stride", L), ("q_token_stride", L), ("dtype", ctypes.c_int), ("prompt", P),
+        ("prompt_batch_stride", L), ("prompt_tiles", L), ("pages", P), ("page_capacity", L), ("window", P),
+        ("ring_tiles", L), ("segments", P), ("out", P), ("lse", P), ("workspace", P), ("scaling", F), ("softcap", F),
+        ("batch", L), ("tokens", L), ("heads", L), ("kv_heads", L), ("head_size", L), ("early", B), ("bits", L),
+        ("sliding_window", L), ("sinks", P),
+    ]  # fmt: skip
+
+
+class Append(ctypes.Structure):
+    """Kv4Append of csrc/ops.h."""
+
+    _fields_ = [
+        ("k", P), ("v", P), ("k_strides", L * 4), ("v_strides", L * 4), ("dtype", ctypes.c_int), ("pages", P),
+        ("page_capacity", L), ("window", P), ("ring_tiles", L), ("segments", P), ("workspace", P), ("batch", L),
+        ("tokens", L), ("kv_heads", L), ("head_size", L), ("keep", L), ("bits", L), ("cos", P), ("sin", P),
+        ("rope_batch_stride", L), ("rope_wide", B),
+    ]  # fmt: skip
+
+
+def device_part(text: str) -> str:
+    """What runs on a GPU of a source file: everything before its launch, without the declaration of dynamic memory."""
+    for launch in (
+        "template <typename T, int D, int NT, int BITS>\nvoid launch(",
+        "}  // namespace\n\nvoid append_kv4(",
+    ):
+        if launch in text:
+            text = text.split(launch)[0] + "}  // namespace\n}  // namespace pyquant\n"
+            text = text.replace("}  // namespace\n}  // namespace\n", "}  // namespace\n")
+    return text.replace(DYNAMIC, "")
+
+
+@pytest.fixture(scope="module")
+def lib(tmp_path_factory):
+    """The kernels as a library of the CPU."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("emulated")
+    probe = subprocess.run([compiler, "-std=c++20", "-xc++", "-fsyntax-only", "-"], input="_Float16 x;", text=True,
+                           capture_output=True)  # fmt: skip
+    if probe.returncode:
+        pytest.skip(f"{compiler} does not know C++20 with _Float16")
+    for source in (ROOT / "tests" / "emulated").iterdir():
+        shutil.copy(source, folder)
+    for name in (
+        "kv4_codes.cuh",
+        "kv4_work.cuh",
+        "ops.h",
+        "attention_kv4.cuh",
+        "attention_kv4_cluster.cuh",
+        "append_kv4.cu",
+    ):
+        source = ROOT / "csrc" / name
+        if source.exists():
+            (folder / f"{source.stem}.{'h' if name == 'ops.h' else 'cuh'}").write_text(device_part(source.read_text()))
+    (folder / "cuda_runtime.h").write_text('#include "cuda.h"\n')
+    (folder / "programmatic.cuh").write_text("")
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fPIC",
+        "-shared",
+        f"-I{folder}",
+        *map(str, folder.glob("*.cpp")),
+        "-o",
+    ]
+    built = subprocess.run([*command, str(folder / "kv4.so")], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    return ctypes.CDLL(str(folder / "kv4.so"))
+
+
+def attend(lib, q, cache, grid=7, cluster=1, softcap=0.0, sliding_window=0, sinks=None):
+    """(out, log-sum-exp) as ops.attention_kv4 returns them."""
+    (batch, tokens, heads, d), kv_heads = q.shape, cache.window.shape[1]
+    out, lse = torch.full_like(q, float("nan")), torch.full((batch, tokens, heads), float("nan"))
+    space = torch.zeros((1 << 16) + grid * 2 * 32 * (d + 2) * 4, dtype=torch.uint8)
+    call = Attention(
+        q.data_ptr(), q.stride(0), q.stride(1), int(q.dtype == torch.float16), cache.prompt.data_ptr(),
+        0 if len(cache.prompt) == 1 else cache.prompt.stride(0), cache.prompt.shape[2], cache.pages.data_ptr(),
+        cache.pages.shape[2], cache.window.data_ptr(), cache.window.shape[2], cache.segments.data_ptr(), out.data_ptr(),
+        lse.data_ptr(), space.data_ptr(), d**-0.5, softcap, batch, tokens, heads, kv_heads, d, True,
+        kv4.bits_of(cache.pages.shape[3], d), sliding_window, sinks.data_ptr() if sinks is not None else None,
+    )  # fmt: skip
+    if lib.attend(ctypes.byref(call), grid, cluster):
+        return None
+    assert not space[: 1 << 16].any(), "counters that were not set back"
+    return out, lse
+
+
+def check(lib, case, grid, cluster=1, dtype=torch.float16):
+    """Within the tolerance of a kernel on a GPU, whose every rounding to 16 bits this one has too."""
+    q, cache = make_case(case, dtype, "cpu")
+    options = {"softcap": case.softcap, "sliding_window": case.sliding, "sinks": cache.sinks}
+    got = attend(lib, q, cache, grid, cluster, **options)
+    assert got is not None, "not among the instances that are compiled"
+    want, want_lse = want_kv4(q, cache, case, dtype, True)
+    assert mismatch(got[0], want) is None
+    assert mismatch(got[1], want_lse) is None
+    return q, cache, options, want
+
+
+# Head size, blocks of 8 rows (up to 8, 16, 32 rows), bits: what tests/emulated/attention_kv4.cpp compiles in fp16.
+COMPILED = {
+    (64, 1, 4), (64, 1, 8), (64, 1, 3), (64, 1, 2), (80, 1, 4), (80, 1, 2), (96, 1, 3), (128, 2, 2), (128, 2, 4),
+    (128, 4, 4), (256, 2, 8),
+}  # fmt: skip
+
+
+def compiled(case):
+    rows = case.heads // case.kv_heads * case.tokens
+    return (case.size, 1 if rows <= 8 else 2 if rows <= 16 else 4, case.bits) in COMPILED
+
+
+WIDE = replace(KV4_CASES[4], tokens=8, segments=((20, 3, 64), (0, 2, 8)))  # 32 rows
+MADE = [c for c in (*KV4_CASES, *KV4_MORE, WIDE) if compiled(c)]
+
+
+@pytest.mark.parametrize("grid", [3, 40])
+@pytest.mark.parametrize("case", MADE, ids=str)
+def test_attention(lib, case, grid):
+    """One block for everything, runs that cross heads or end with them, a block for every few units, halves of pages."""
+    check(lib, case, grid)
+
+
+def test_attention_in_bf16(lib):
+    check(lib, replace(KV4_CASES[1], sliding=100, sinks=True), 5, dtype=torch.bfloat16)
+
+
+@pytest.mark.skipif(not (ROOT / "csrc" / "attention_kv4_cluster.cuh").exists(), reason="there is no kernel of clusters")
+@pytest.mark.parametrize("size", [2, 16])
+@pytest.mark.parametrize("case", [c for c in MADE if c.heads // c.kv_heads * c.tokens <= 8 and not c.shared], ids=str)
+def test_clusters(lib, case, size):
+    check(lib, replace(case, batch=1), 1, size)
+
+
+def test_notices(lib):
+    q, cache, _, want = check(lib, FAULTY_CASE, 5)
+    for name, fault in KV4_FAULTS.items():
+        assert mismatch(attend(lib, q, fault(cache))[0], want), f"the comparison missed: {name}"
+    q, cache, options, want = check(lib, OPTIONS_CASE, 5)
+    for name, fault in OPTION_FAULTS.items():
+        assert mismatch(attend(lib, q, cache, **(options | fault(cache)))[0], want), f"the comparison missed: {name}"
+
+
+def test_what_is_too_old_is_not_read(lib):
+    q, cache, options, want = check(lib, OLD_CASE, 40)
+    assert mismatch(attend(lib, q, without_old(cache), **options)[0], want) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "keep", "most", "bits", "rope", "dtype"),
+    [
+        (64, 20, 9, 4, True, torch.float16),
+        (64, 0, 30, 3, False, torch.float16),
+        (64, 64, 40, 2, False, torch.float16),
+        (96, 5, 33, 2, True, torch.float16),
+        (80, 0, 20, 8, True, torch.float16),
+        (64, 70, 64, 8, False, torch.bfloat16),
+        (80, 10, 31, 4, True, torch.bfloat16),
+    ],
+)
+def test_append(lib, size, keep, most, bits, rope, dtype, monkeypatch):
+    """Pages, window and segments bit by bit, as on a GPU."""
+    story = Story((0, 63, 40), keep, 2, size, dtype, "cpu", most=most, bits=bits, rope=rope)
+    counters = torch.zeros(3, dtype=torch.int32)
+
+    def emulated(k, v, pages, window, segments, keep, cos=None, sin=None):
+        pointers = (None, None) if cos is None else (cos.data_ptr(), sin.data_ptr())
+        strides = ((L * 4)(*t.stride()) for t in (k, v))
+        call = Append(
+            k.data_ptr(), v.data_ptr(), *strides, int(dtype == torch.float16), pages.data_ptr(), pages.shape[2],
+            window.data_ptr(), window.shape[2], segments.data_ptr(), counters.data_ptr(), *k.shape, keep, bits, *pointers,
+            k.shape[1] * size, True,
+        )  # fmt: skip
+        assert lib.append(ctypes.byref(call)) == 0
+
+    monkeypatch.setattr(ops, "append_kv4", emulated)
+    while max(story.held) + most <= 330:
+        story.append(most)
+        story.check()
+    assert min(story.packed) >= 2 and not counters.any()
+    story.pages[1, 1, 0, 5] ^= 16
+    with pytest.raises(AssertionError, match="pages differ in bits"):
+        story.check()
