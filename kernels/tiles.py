@@ -69,15 +69,15 @@ TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
 # What `pyquant bench --tune` tries beside the table's tile, by the most tokens of a range.
 CANDIDATES: dict[str, dict[int | None, tuple[Tile, ...]]] = {
     "forward": {
-        16: tuple(Tile(16, 1, u, 4, s, p) for u in (1, 2) for s in (3, 5) for p in (264, 528, 1056)),
-        32: tuple(Tile(32, 1, u, 4, s, p) for u in (1, 2) for s in (3, 5) for p in (264, 528)),
-        64: tuple(Tile(64, 1, u, w, 3, p) for u in (1, 2) for w in (4, 8) for p in (132, 264, 528)),
+        16: tuple(Tile(16, 1, u, 4, s, p) for u in (1, 2) for s, p in ((3, 528), (5, 264), (5, 1056))),
+        32: tuple(Tile(32, 1, u, 4, s, p) for u in (1, 2) for s, p in ((3, 264), (4, 528))),
+        64: tuple(Tile(64, 1, u, w, 3, p) for u in (1, 2) for w, p in ((4, 132), (4, 528), (8, 264))),
         None: (Tile(64, 1, 2, 4, 3, 0), Tile(64, 2, 1, 8, 4, 0), Tile(128, 1, 2, 4, 3, 0), Tile(128, 2, 1, 8, 4, 0)),
     },
     "backward": {
-        16: tuple(Tile(16, 1, 1, 4, s, p) for s in (3, 5) for p in (264, 528, 1056)),
-        32: tuple(Tile(32, 1, 1, 4, s, p) for s in (3, 5) for p in (264, 528)),
-        None: tuple(Tile(64, 1, 1, w, 3, p) for w in (4, 8) for p in (132, 264, 528)),
+        16: tuple(Tile(16, 1, 1, 4, s, p) for s, p in ((3, 528), (5, 264), (5, 512), (5, 1056))),
+        32: tuple(Tile(32, 1, 1, 4, s, p) for s, p in ((3, 264), (4, 528), (5, 264))),
+        None: tuple(Tile(64, 1, 1, w, 3, p) for w, p in ((4, 132), (4, 528), (8, 264))),
     },
 }
 

@@ -246,3 +246,30 @@ def test_fake_quant_soft(case, mode):
     assert mismatch(dscale, terms["dscale"]) is None
     if zero is not None:
         assert mismatch(dzero, terms["dzero"]) is None
+
+
+def test_tuning_runs_every_tile_and_leaves_out_a_wrong_one(monkeypatch, tmp_path):
+    """All candidates over real kernels, timed by a fake; one of them is made to compute something else."""
+    from pyquant.integrations.bench import tune
+    from pyquant.kernels import tiles
+    from pyquant.kernels import tune as search
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles._measured.cache_clear()
+    wrong, right = tiles.CANDIDATES["backward"][32][:2]
+    backward = search.linear_w4a16_backward
+
+    def faulty(out, x, packed, scale, zero, group, tile):
+        backward(out, x, packed, scale.roll(1, 0) if tile == wrong else scale, zero, group, tile)
+
+    monkeypatch.setattr(search, "linear_w4a16_backward", faulty)
+    timed = []
+    report, file = tune([(70, 128)], 64, timer=lambda calls: timed.append(calls) or 1.0, device="cpu")
+    assert [r["failed"] for r in report] == [0, 0, 0, 0, 0, 1, 0]
+    # the table's tile and the others at each number of tokens; a candidate that is the table's own is not timed twice
+    assert len(timed) > sum(r["tried"] for r in report)
+    assert (
+        tiles.choose("backward", 20, *tiles.gpu(torch.device("cpu"))) == tiles.TABLE["backward", "other"][1][1] != right
+    )
+    assert file.parent == tmp_path / "pyquant"
+    tiles._measured.cache_clear()
