@@ -49,19 +49,12 @@ from pyquant.kernels.int4 import (
     scale_position,
     words_to_tile,
 )
+from pyquant.kernels.tiles import Tile, choose, gpu
 
-# tokens up to: (BLOCK_M, STRIPS, warps, stages, programs wanted; K is split until there are as many)
-TILES = {
-    16: (16, 1, 4, 4, 512),
-    32: (32, 1, 4, 4, 384),
-    64: (64, 1, 4, 3, 264),
-}
-MANY_TOKENS = (64, 2, 8, 3, 0)
-MANY_TOKENS_HOPPER = (128, 2, 8, 3, 0)  # wgmma reads x from shared memory; with mma.sync this tile spills registers
-_MAX_SPLITS = 8  # the parts cost splits * M * N * 8 bytes of traffic
+MAX_SPLITS = 8  # the parts cost splits * M * N * 8 bytes of traffic
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _SUM_BLOCK = 512  # features of a program that adds parts: 16 bytes a thread
-_MIN_STEPS = 4  # a program needs some steps for its pipeline
+MIN_STEPS = 4  # a program needs some steps for its pipeline
 
 
 @triton.jit
@@ -136,23 +129,36 @@ def _sum_parts_kernel(
     tl.store(y_ptr + token.to(tl.int64) * n + feature, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def plan(m: int, n: int, k: int, group_size: int, hopper: bool) -> tuple[int, int, dict[str, int]]:
+def plan(m: int, n: int, k: int, group_size: int, tile: Tile) -> tuple[int, int, dict[str, int]]:
     """(programs over tiles, splits of K, compile constants) for a product of these sizes."""
-    many = MANY_TOKENS_HOPPER if hopper else MANY_TOKENS
-    block_m, strips, warps, stages, wanted = next((tile for most, tile in TILES.items() if m <= most), many)
     # a step lies in one group; two units a step halve the work on scales, but mma.sync has not the registers for them
-    units, words = {32: (1, 2), 64: (1, 4)}.get(group_size, (2 if hopper else 1, 4))
+    units, words = {32: (1, 2), 64: (1, 4)}.get(group_size, (tile.units, 4))
     steps = max(1, triton.cdiv(k, 16 * words * units))
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, STRIP.value * strips)
-    splits = max(1, min(wanted // tiles, _MAX_SPLITS, steps // _MIN_STEPS))
+    tiles = triton.cdiv(m, tile.tokens) * triton.cdiv(n, STRIP.value * tile.strips)
+    splits = max(1, min(tile.programs // tiles, MAX_SPLITS, steps // MIN_STEPS))
     per_split = triton.cdiv(steps, splits)
-    constants = {"BLOCK_M": block_m, "STRIPS": strips, "UNITS": units, "WORDS": words, "STEPS": per_split}
-    options = {"num_warps": warps, "num_stages": stages}
+    constants = {"BLOCK_M": tile.tokens, "STRIPS": tile.strips, "UNITS": units, "WORDS": words, "STEPS": per_split}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     return tiles, triton.cdiv(steps, per_split), {**constants, **options}
 
 
+def add_parts(y: Tensor, parts: Tensor, bias: Tensor | None) -> None:
+    """Fill y ``[M, N]`` with the sum of parts ``[splits, M, N]`` fp32, plus bias ``[N]``, in this order."""
+    m, n = y.shape
+    _sum_parts_kernel[(triton.cdiv(n, _SUM_BLOCK), m)](
+        y, parts, bias, m, n, HAS_BIAS=bias is not None, SPLITS=len(parts), BLOCK=_SUM_BLOCK
+    )
+
+
 def linear_w4a16(
-    y: Tensor, x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+    y: Tensor,
+    x: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    tile: Tile | None = None,
 ) -> None:
     """Fill y with ``x @ w_hat.T + bias``.
 
@@ -164,14 +170,18 @@ def linear_w4a16(
         zero: uint8, tiled like scale, or None for symmetric.
         bias: ``[N]`` float, contiguous, or None.
         group_size: 32, 64, 128 or -1.
+        tile: how to compute, instead of what :mod:`pyquant.kernels.tiles` says.
+
+    Raises:
+        NotImplementedError: bf16 in Triton's interpreter.
     """
     (m, n), k = y.shape, x.shape[1]
     if y.numel() == 0:
         return
     if _INTERPRETED and x.dtype == torch.bfloat16:
         raise NotImplementedError("Triton's interpreter multiplies the bits of bfloat16 as integers; use float16 there")
-    hopper = x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] == 9
-    tiles, splits, constants = plan(m, n, k, group_size, hopper)
+    tile = tile or choose("forward", m, *gpu(x.device))
+    tiles, splits, constants = plan(m, n, k, group_size, tile)
     out = y if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=y.device)
     epilogue_bias = bias if splits == 1 else None
     units, groups = qweight.shape[1], scale.shape[1]
@@ -181,6 +191,4 @@ def linear_w4a16(
         HAS_ZERO=zero is not None, HAS_BIAS=epilogue_bias is not None, **constants,
     )  # fmt: skip
     if splits > 1:
-        _sum_parts_kernel[(triton.cdiv(n, _SUM_BLOCK), m)](
-            y, out, bias, m, n, HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=_SUM_BLOCK
-        )
+        add_parts(y, out, bias)

@@ -342,22 +342,44 @@ def export(
 
 @command
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder of a model; only its config is read.")],
-    tokens: Annotated[list[int] | None, typer.Option(help="Rows of the activation, repeatable.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder of a model; only its config is read.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="NxK instead of a model's, repeatable.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(min=1, help="Rows of the activation, repeatable.")] = None,
     group_size: Annotated[int, typer.Option()] = 128,
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="First choose tiles of the Triton kernels on this GPU and keep them (minutes)."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Time the 4-bit linear layer against torch's bf16 one on this GPU, for the shapes of a model."""
-    from pyquant.integrations.commands import bench as run
+    """Time the 4-bit linear layer against torch's bf16 one on this GPU, for the shapes of a model or your own."""
+    from pyquant.integrations import bench as work
 
+    shapes = work.find_shapes(model, shape or ())
+    found: dict[str, Any] = {}
     with Progress() as progress:
-        rows = run(model, tokens or (1, 16, 256), group_size, progress)
+        if tune:
+            found["tiles"], found["file"] = work.tune(shapes, group_size, progress)
+        found["rows"] = work.bench(shapes, tokens or (1, 16, 256), group_size, progress)
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(json.dumps(found if tune else found["rows"], indent=1, default=str))
         return
+    if tune:
+        cells = [
+            [
+                r["kernel"],
+                str(r["tokens"] or "more"),
+                str(r["tile"]),
+                f"{r['ratio']:.2f}",
+                f"{r['failed']}/{r['tried']}",
+            ]
+            for r in found["tiles"]
+        ]
+        table(["kernel", "up to tokens", "tile", "time over the table's", "unusable"], cells)
+        typer.echo(f"kept in {found['file']}\n")
     cells = [
         [f"{r['N']}x{r['K']}", str(r["M"]), f"{r['us']:.1f}", f"{r['bf16_us']:.1f}", f"{r['speedup']:.2f}"]
-        for r in rows
+        for r in found["rows"]
     ]
     table(["weight", "tokens", "4 bits, us", "bf16, us", "speed-up"], cells)
 

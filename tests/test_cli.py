@@ -298,6 +298,8 @@ def test_requests_that_cannot_be_met(model, texts, tmp_path):
 def test_what_needs_a_gpu_says_so(model, tmp_path):
     assert "no GPU" in refused("quantize", model, "--out", tmp_path / "q", "--group-size", "32", "--device", "cuda")
     assert "no GPU" in refused("bench", model)
+    assert "no GPU" in refused("bench", "--shape", "64x128", "--tune")
+    assert "is not NxK" in refused("bench", "--shape", "64")
 
 
 def test_a_failed_check_publishes_nothing(model, texts, tmp_path, monkeypatch):

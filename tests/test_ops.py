@@ -27,7 +27,7 @@ from cases import (
 )
 from pyquant import ops, reference
 from pyquant.formats import int4
-from pyquant.ops import _registry
+from pyquant.ops import _registry, linear
 from pyquant.ops.linear import EXACT_TOKENS, FEW_TOKENS, FUSED_MAX_TOKENS
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -266,6 +266,27 @@ def test_linear_gradients(backend, m, symmetric, dtype):
     want = cases.want_group_sums(grad.double().T, -1, 1.0, dtype)
     assert mismatch(bias.grad[:, None], want) is None
     assert mismatch(bias.grad.roll(1)[:, None], want) is not None
+
+
+@pytest.mark.parametrize(("k", "group_size", "symmetric"), [(1000, 128, False), (511, 32, True), (385, -1, False)])
+def test_linear_gradient_through_parts_of_the_expanded_weight(monkeypatch, backend, k, group_size, symmetric):
+    """Each column is written once, by a part that is expanded alone: a few units, and the whole weight at once."""
+    device = backend[1]
+    n, m, dtype = 200, 70, torch.bfloat16
+    weight = make_weight(n, k, group_size, symmetric, dtype, device)
+    grad = make_x(m, n, "rows", dtype, device)
+    want = want_product(grad, weight.w_hat.T, None, dtype, rounded_weight=True, by_cublas=True)
+    sizes, dequantize = [], linear._dequantize.call
+    monkeypatch.setattr(linear._dequantize, "call", lambda *a: sizes.append(a[3] * a[4] * 2) or dequantize(*a))
+    for limit in (1, 2 * n * 256, 1 << 27):
+        monkeypatch.setattr(linear, "EXPANDED_BYTES", limit)
+        got = torch.full((m, k), float("nan"), dtype=dtype, device=device)
+        linear._backward_expand(got, grad, *weight.tiled(), group_size)
+        assert mismatch(got, want) is None
+        assert max(sizes) <= max(limit, 2 * n * linear.PART)
+        assert sum(sizes) == 2 * n * k
+        sizes.clear()
+    assert mismatch(got.roll(linear.PART, 1), want) is not None
 
 
 def test_linear_gradcheck_fp64(monkeypatch):

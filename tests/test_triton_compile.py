@@ -11,12 +11,13 @@ pytest.importorskip("triton")
 
 from aot import Compiled, compile_kernel
 
-from pyquant.kernels import fake_quant, linear, quantize
+from pyquant.kernels import fake_quant, linear, linear_backward, quantize
+from pyquant.kernels.tiles import TABLE, Tile
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
 ARCHES = [90, 80]
-SIZES = "m n k units groups group_size w_stride_n grad_stride_n scale_stride_n zero_stride_n x_stride_m"
+SIZES = "m n k units groups group_size w_stride_n grad_stride_m grad_stride_n scale_stride_n zero_stride_n x_stride_m"
 ALIGNED = ("n", "k", "group_size", "w_stride_n", "grad_stride_n", "x_stride_m")
 UNIT_STRIDES = dict.fromkeys(("w_stride_k", "grad_stride_k", "x_stride_k", "scale_stride_g", "zero_stride_g"), 1)
 
@@ -121,8 +122,8 @@ def test_fake_quant_soft(rounding, clamp):
             assert count(r"ld\.global\.v4", built) >= 2
 
 
-def tiles(arch: int) -> list[tuple[int, ...]]:
-    return [*linear.TILES.values(), linear.MANY_TOKENS_HOPPER if arch == 90 else linear.MANY_TOKENS]
+def tiles(kernel: str, arch: int) -> list[Tile]:
+    return [tile for _, tile in TABLE[kernel, "sm90" if arch == 90 else "other"]]
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -139,12 +140,13 @@ def tiles(arch: int) -> list[tuple[int, ...]]:
     ],
 )
 def test_linear(arch, units, words, zero, half):
-    for block_m, strips, warps, stages, wanted in tiles(arch):
+    for tile in tiles("forward", arch):
         built = build(
             linear._linear_kernel, arch, half,
-            pointers={"zero_ptr": "*u8", "out_ptr": "*fp32" if wanted else "*" + half},  # parts of a split K are fp32
-            options={"num_warps": warps, "num_stages": stages},
-            HAS_ZERO=zero, HAS_BIAS=not wanted, BLOCK_M=block_m, STRIPS=strips, UNITS=units, WORDS=words, STEPS=32,
+            pointers={"zero_ptr": "*u8", "out_ptr": "*fp32" if tile.programs else "*" + half},  # parts of a split K are fp32
+            options={"num_warps": tile.warps, "num_stages": tile.stages},
+            HAS_ZERO=zero, HAS_BIAS=not tile.programs, BLOCK_M=tile.tokens, STRIPS=tile.strips,
+            UNITS=units, WORDS=words, STEPS=32,
         )  # fmt: skip
         assert "mma" in built.ptx, "tensor cores"
         assert built.shared_bytes <= (227 if arch == 90 else 163) * 1024
@@ -161,3 +163,22 @@ def test_sum_of_parts(arch, bias):
     built = build(linear._sum_parts_kernel, arch, HAS_BIAS=bias, SPLITS=8, BLOCK=linear._SUM_BLOCK)
     assert "atom" not in built.ptx
     assert count(r"ld\.global\.v4\.b32", built) >= 8
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize(
+    ("arch", "groups", "half"), [(90, 1, "bf16"), (90, 2, "fp16"), (80, 1, "fp16"), (80, 2, "bf16")]
+)
+def test_linear_backward(arch, groups, zero, half):
+    for tile in tiles("backward", arch):
+        built = build(
+            linear_backward._backward_kernel, arch, half, pointers={"zero_ptr": "*u8", "out_ptr": "*fp32"},
+            options={"num_warps": tile.warps, "num_stages": tile.stages},
+            ALIGNED=("n", "k", "group_size", "grad_stride_m"), grad_stride_n=1,
+            HAS_ZERO=zero, BLOCK_M=tile.tokens, STRIPS=tile.strips, UNITS=tile.units, GROUPS=groups, STEPS=32,
+        )  # fmt: skip
+        assert "mma" in built.ptx, "tensor cores"
+        assert built.shared_bytes <= (227 if arch == 90 else 163) * 1024
+        assert "cp.async.ca" not in built.ptx, "words and gradients 16 bytes at a time, past the L1 cache"
+        if arch == 90:
+            assert count(r"stmatrix\S*trans", built) == 4, "w_hat is transposed on its way through shared memory"

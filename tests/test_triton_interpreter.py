@@ -32,7 +32,9 @@ from cases import (
 )
 from pyquant import ops, reference
 from pyquant.formats import int4
+from pyquant.kernels import linear, linear_backward
 from pyquant.kernels.int4 import words_to_tile
+from pyquant.kernels.tiles import Tile
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs with TRITON_INTERPRET=1"),
@@ -138,17 +140,68 @@ def test_linear(case):
             assert mismatch(wrong, want) is not None, name
 
 
-def test_linear_plan_for_hopper(monkeypatch):
-    """Hopper's plan: two units a step, and 128 tokens by two strips for many tokens."""
-    from pyquant.kernels import linear
-
-    plan = linear.plan
-    monkeypatch.setattr(linear, "plan", lambda m, n, k, group_size, hopper: plan(m, n, k, group_size, True))
+def test_linear_tiles_for_hopper(monkeypatch):
+    """Hopper's tiles: two units a step, and 128 tokens by two strips for many tokens."""
+    monkeypatch.setattr(linear, "gpu", lambda device: ("sm90", "none"))
     for m, k in ((130, 200), (3, 1345)):
         weight = make_weight(200, k, 128, False, torch.float16, "cpu")
         x = torch.randn(m, k).half()
         got = ops.linear_w4a16(x, *weight.tiled(), None, 200, 128)
         assert mismatch(got, want_product(x, weight.w_hat, None, torch.float16, False)) is None
+
+
+@pytest.mark.parametrize(
+    ("case", "tile"),
+    [
+        (LinearCase(1, 64, 64, 64), None),
+        (LinearCase(1, 1, 1, -1, symmetric=False), None),
+        (LinearCase(3, 129, 65, 64, symmetric=False), None),
+        (LinearCase(2, 127, 63, 32, symmetric=False, layout="rows"), None),
+        (LinearCase(5, 1025, 70, 128, symmetric=False, layout="columns"), None),  # N in parts, the last of them short
+        (LinearCase(16, 513, 200, 32, layout="transposed"), None),
+        (LinearCase(17, 200, 333, -1, symmetric=False), None),
+        (LinearCase(33, 96, 257, 128, layout="rows"), None),
+        (LinearCase(64, 130, 130, 64, symmetric=False), None),
+        # wider steps and tiles than the table has, as `pyquant bench --tune` may choose, and several tiles of tokens
+        (LinearCase(40, 700, 200, 32, symmetric=False), Tile(16, 2, 1, 4, 3, 64)),
+        (LinearCase(9, 200, 300, 128, symmetric=False), Tile(16, 1, 2, 4, 3, 0)),
+        (LinearCase(9, 200, 300, 64), Tile(16, 2, 2, 4, 3, 0)),
+    ],
+    ids=ids,
+)
+def test_linear_backward(case, tile):
+    """dY [M, N] @ w_hat [N, K]; w_hat is rounded to 16 bits, as dequantize_int4 does."""
+    weight = make_weight(case.n, case.k, case.group_size, case.symmetric, torch.float16, "cpu")
+    grad = make_x(case.m, case.n, case.layout, torch.float16, "cpu")
+    if tile is None:
+        got = torch.ops.pyquant.linear_w4a16_backward(grad, *weight.tiled(), case.k, case.group_size)
+    else:
+        got = torch.empty(case.m, case.k, dtype=torch.float16)
+        linear_backward.linear_w4a16_backward(got, grad, *weight.tiled(), case.group_size, tile)
+    want = want_product(grad, weight.w_hat.T, None, torch.float16, rounded_weight=True)
+    assert mismatch(got, want) is None
+    for fault in cases.RESULT_FAULTS.values():
+        assert mismatch(fault(got), want) is not None
+    for name, fault in cases.WEIGHT_FAULTS.items():
+        if case.n > 1:
+            wrong = want_product(grad, fault(weight).w_hat.T, None, torch.float16, False).value.half()
+            assert mismatch(wrong, want) is not None, name
+
+
+def test_linear_backward_takes_the_packed_weight_up_to_64_tokens(monkeypatch):
+    """And the expanded weight above; both are right, through autograd, with leading dimensions."""
+    taken = []
+    fused, expand = linear_backward.linear_w4a16_backward, ops.linear._backward_expand
+    monkeypatch.setattr(linear_backward, "linear_w4a16_backward", lambda *a: (taken.append("fused"), fused(*a)))
+    monkeypatch.setattr(ops.linear, "_backward_expand", lambda *a: (taken.append("expand"), expand(*a)))
+    weight = make_weight(70, 100, 32, False, torch.float16, "cpu")
+    for m in (32, 33):
+        x = torch.randn(2, m, 100).half().requires_grad_()
+        grad = torch.randn(2, m, 70).half()
+        ops.linear_w4a16(x, *weight.tiled(), None, 70, 32).backward(grad)
+        want = want_product(grad.view(-1, 70), weight.w_hat.T, None, torch.float16, rounded_weight=True)
+        assert mismatch(x.grad.view(-1, 100), want) is None
+    assert taken == ["fused", "expand"]
 
 
 def test_linear_says_that_the_interpreter_cannot_do_bf16():
@@ -193,3 +246,30 @@ def test_fake_quant_soft(case, mode):
     assert mismatch(dscale, terms["dscale"]) is None
     if zero is not None:
         assert mismatch(dzero, terms["dzero"]) is None
+
+
+def test_tuning_runs_every_tile_and_leaves_out_a_wrong_one(monkeypatch, tmp_path):
+    """All candidates over real kernels, timed by a fake; one of them is made to compute something else."""
+    from pyquant.integrations.bench import tune
+    from pyquant.kernels import tiles
+    from pyquant.kernels import tune as search
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiles._measured.cache_clear()
+    wrong, right = tiles.CANDIDATES["backward"][32][:2]
+    backward = search.linear_w4a16_backward
+
+    def faulty(out, x, packed, scale, zero, group, tile):
+        backward(out, x, packed, scale.roll(1, 0) if tile == wrong else scale, zero, group, tile)
+
+    monkeypatch.setattr(search, "linear_w4a16_backward", faulty)
+    timed = []
+    report, file = tune([(70, 128)], 64, timer=lambda calls: timed.append(calls) or 1.0, device="cpu")
+    assert [r["failed"] for r in report] == [0, 0, 0, 0, 0, 1, 0]
+    # the table's tile and the others at each number of tokens; a candidate that is the table's own is not timed twice
+    assert len(timed) > sum(r["tried"] for r in report)
+    assert (
+        tiles.choose("backward", 20, *tiles.gpu(torch.device("cpu"))) == tiles.TABLE["backward", "other"][1][1] != right
+    )
+    assert file.parent == tmp_path / "pyquant"
+    tiles._measured.cache_clear()

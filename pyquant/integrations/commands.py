@@ -1,15 +1,14 @@
-"""What the smaller commands do: evaluate, generate, convert to another format, time the kernel on a model's shapes."""
+"""What the smaller commands do: evaluate, generate, convert to another format."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoTokenizer
 
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.checkpoint import local_folder, read_config
@@ -21,9 +20,6 @@ from pyquant.integrations.gptq import load_gptq
 from pyquant.integrations.machine import batch_for, cast, pick_device, pick_dtype, stored_dtype, window_length
 from pyquant.integrations.transformers import load_causal_lm, load_model, spec_of
 from pyquant.nn.kv_cache import KVSettings
-from pyquant.nn.linear import QLinear
-from pyquant.nn.swap import matches
-from pyquant.ops import linear_w4a16
 
 
 def load_any(path: str, device: str = "auto", dtype: str = "auto") -> tuple[nn.Module, Any, bool]:
@@ -187,80 +183,3 @@ def reexport(path: str, out: Path, fmt: str, overwrite: bool = False) -> ExportI
 
 
 # ------------------------------------------------------------------------------------------------ bench
-
-
-def linear_shapes(path: str, exclude: Sequence[str] = ("lm_head",)) -> list[tuple[int, int]]:
-    """The distinct ``(N, K)`` of a model's linear layers, from its config alone, most frequent first."""
-    config = AutoConfig.from_pretrained(local_folder(path))
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    counts: dict[tuple[int, int], int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not matches(name, exclude):
-            shape = (module.out_features, module.in_features)
-            counts[shape] = counts.get(shape, 0) + 1
-    return sorted(counts, key=counts.get, reverse=True)
-
-
-def bench(
-    path: str, tokens: Sequence[int] = (1, 16, 256), group_size: int = 128, on_event: OnEvent | None = None
-) -> list[dict[str, Any]]:
-    """Time ``linear_w4a16`` against torch's bf16 linear for the shapes of a model, on the present GPU.
-
-    Weights are rotated through 256 MB, so that they come from memory as they do in a model; CUDA graphs, median of 5.
-
-    Returns:
-        rows ``{"N", "K", "M", "us", "bf16_us", "speedup"}``.
-
-    Raises:
-        ValueError: no GPU.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError("bench times GPU kernels and torch sees no GPU here (pyquant doctor says why)")
-    rows = []
-    work = [(n, k, m) for n, k in linear_shapes(path) for m in tokens]
-    with Clock(on_event)("bench") as tick:
-        for i, (n, k, m) in enumerate(work):
-            group = group_size if k % group_size == 0 else -1
-            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-            dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(_copies(2 * n * k))]
-            layer = nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)
-            layer.weight.data = dense[0]
-            q = QLinear.from_linear(layer, QuantSpec(4, group, True))
-            packed = [q.qweight.clone() for _ in range(_copies(n * k // 2))]
-            us = _median_us([partial(linear_w4a16, x, w, q.scale, None, None, n, group) for w in packed])
-            bf16 = _median_us([partial(nn.functional.linear, x, w) for w in dense])
-            rows.append({"N": n, "K": k, "M": m, "us": us, "bf16_us": bf16, "speedup": bf16 / us})
-            tick(i + 1, len(work), f"{n}x{k}, {m} tokens")
-    return rows
-
-
-def _copies(size: int) -> int:
-    return max(1, min(64, -(-256_000_000 // size)))
-
-
-def _median_us(calls: list[Any], rounds: int = 5) -> float:
-    """Microseconds a call, the calls captured one after another in a CUDA graph."""
-    with torch.inference_mode():
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for call in calls[:2]:
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        repeat = max(1, 32 // len(calls))
-        with torch.cuda.graph(graph):
-            for _ in range(repeat):
-                for call in calls:
-                    call()
-        times = []
-        for _ in range(rounds + 1):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(1000 * begin.elapsed_time(end) / (repeat * len(calls)))
-    return float(Tensor(times[1:]).median())  # the first replay warms up

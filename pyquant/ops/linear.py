@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 from pyquant import reference
-from pyquant.formats.int4 import STRIP
+from pyquant.formats.int4 import STRIP, UNIT_K
 from pyquant.ops._checks import check, check_device, check_floats, check_tiled
-from pyquant.ops._registry import Backend, define, extension, kernels, needs_torch
+from pyquant.ops._registry import Backend, define, extension, kernels, needs_torch, unavailable
 from pyquant.ops._workspace import workspace
 from pyquant.ops.quantize import _dequantize, dtype_code, pointer, stream
 
@@ -27,6 +28,13 @@ EXACT_TOKENS = 16
 # card then keeps, its fused kernel takes 1.13 to 1.17 times cuBLAS there, expansion and cuBLAS together 1.04 to 1.08.
 MANY_TOKENS, MANY_WEIGHTS = 2048, 40_000_000
 EXPANDED_BYTES = 128 << 20  # of 16-bit weight at a time
+
+# Up to this many tokens the gradient to x comes from the packed weight, above by expanding it and calling cuBLAS. Bytes
+# a weight: 0.52 packed, once while all tokens fit one tile (64, kernels/linear_backward.py), against 4.5 for reading it,
+# writing it in 16 bits and reading that; each further tile unpacks the weight again. Counted, not measured yet
+# (`python -m benchmarks.run --family linear --backward`).
+FUSED_BACKWARD_TOKENS = 64
+PART = 128  # columns: parts of the expanded weight begin at whole units and whole groups
 
 
 @functools.cache
@@ -140,19 +148,52 @@ def _backward_fake(
     return grad_y.new_empty((*grad_y.shape[:-1], k))
 
 
-def _backward_expand(
+def _backward_gpu(
     grad_y: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, k: int, group_size: int
 ) -> Tensor:
-    w_hat = _dequantize.call(qweight, scale, zero, grad_y.shape[-1], k, group_size, grad_y.dtype)
-    return grad_y @ w_hat
+    grad_x = _backward_fake(grad_y, qweight, scale, zero, k, group_size)
+    rows = grad_y.reshape(-1, grad_y.shape[-1])
+    if grad_x.numel() and len(rows) <= FUSED_BACKWARD_TOKENS and _triton_may_serve(grad_y.device.type):
+        backward = kernels("linear_backward").linear_w4a16_backward
+        backward(grad_x.view(-1, k), rows, qweight, scale, zero, group_size)
+    elif grad_x.numel():
+        _backward_expand(grad_x.view(-1, k), rows, qweight, scale, zero, group_size)
+    return grad_x
+
+
+def _triton_may_serve(device: str) -> bool:
+    """The extension has no kernel for the gradient: Triton's serves it too, unless the extension is pinned."""
+    return os.environ.get("PYQUANT_BACKEND") != "cuda" and unavailable("triton", device) is None
+
+
+def _backward_expand(
+    grad_x: Tensor, grad_y: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+) -> None:
+    """Fill grad_x ``[M, K]``, by cuBLAS over some columns of the expanded weight at a time.
+
+    A part has all N features, so that each sum stays in one product and is rounded once; its packed columns are copied
+    together first, a quarter more memory on top of the expanded part's at most :data:`EXPANDED_BYTES`.
+    """
+    n, k = grad_y.shape[1], grad_x.shape[1]
+    columns = max(1, EXPANDED_BYTES // (grad_y.element_size() * max(n, 1) * PART)) * PART
+    for first in range(0, k, columns):
+        width = min(columns, k - first)
+        part = qweight, scale, zero
+        if width < k:
+            units = slice(first // UNIT_K, -(-(first + width) // UNIT_K))
+            groups = slice(None) if group_size == -1 else slice(first // group_size, -(-(first + width) // group_size))
+            part = qweight[:, units].contiguous(), *(None if t is None else t[:, groups].contiguous() for t in part[1:])
+        w_hat = _dequantize.call(*part, n, width, group_size, grad_y.dtype)
+        torch.mm(grad_y, w_hat, out=grad_x[:, first : first + width])
+        del part, w_hat  # before the next part takes their place
 
 
 _linear_backward = define(
     "linear_w4a16_backward(Tensor grad_y, Tensor qweight, Tensor scale, Tensor? zero, int k, int group_size) -> Tensor",
     fake=_backward_fake,
     backends={
-        "cuda": Backend(_backward_expand, _only_halves),
-        "triton": Backend(_backward_expand, _only_halves),
+        "cuda": Backend(_backward_gpu, _only_halves),
+        "triton": Backend(_backward_gpu, _only_halves),
         "torch": Backend(reference.linear_w4a16_backward),
     },
 )
