@@ -307,6 +307,8 @@ def quantize(
 
     with Progress() as progress:
         result = run(settings, progress, typed(context)).to_dict()
+    if not result["out"]:  # one of several processes, and not the first
+        return
     typer.echo("")
     if result["rows"]:
         table(*accuracy_table(result))

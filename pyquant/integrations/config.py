@@ -27,6 +27,7 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 # Of blockwise: where things are, which changes no bit of what is computed.
 FREE_OF_BLOCKWISE = ("activations", "gpu_memory", "stream")
+FREE_OF_KD = ("shard_teacher",)
 
 
 class KDSettings(BaseModel):
@@ -73,6 +74,7 @@ class KDSettings(BaseModel):
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_torch_8bit"] = "adamw_torch"
     gradient_checkpointing: bool = False
     reuse_fake_quant: bool = False
+    shard_teacher: bool = False
 
 
 class SoftSettings(BaseModel):
@@ -277,7 +279,7 @@ class QuantizeConfig(BaseModel):
         fields = self.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
         sections = {name: fields.pop(name) for name in SECTIONS}
         for own in _SECTIONS_OF.get(self.recipe, ()):
-            free = FREE_OF_BLOCKWISE if own == "blockwise" else ()
+            free = {"blockwise": FREE_OF_BLOCKWISE, "kd": FREE_OF_KD}.get(own, ())
             fields |= {f"{own}.{name}": value for name, value in sections[own].items() if name not in free}
         return fields
 

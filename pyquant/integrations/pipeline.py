@@ -39,6 +39,8 @@ from pyquant.integrations.machine import (
     weight_bytes,
     window_length,
 )
+from pyquant.integrations.processes import joined
+from pyquant.integrations.sharded import TENSORS, train_sharded
 from pyquant.integrations.streaming import Streamed
 from pyquant.integrations.summary import to_report
 from pyquant.integrations.trainer import optimizer_class, train_kd
@@ -50,10 +52,14 @@ from pyquant.recipes.gptq import gptq
 from pyquant.recipes.kd_loss import KDLoss
 from pyquant.recipes.kd_qat import convert
 from pyquant.recipes.kd_settings import KDConfig
+from pyquant.recipes.ranks import Ranks
 from pyquant.recipes.rtn import layer_errors, rtn
 from pyquant.recipes.settings import Settings
+from pyquant.recipes.sharding import check_shardable
 from pyquant.recipes.soft_qat import SoftQAT
 from pyquant.report import write_report
+
+SPREAD = (*TRAINED, "blockwise")  # recipes that several processes run together
 
 __all__ = ["EvaluationText", "Event", "QuantizeConfig", "Result", "load_config", "quantize"]
 
@@ -123,7 +129,19 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         FileNotFoundError, FileExistsError, ValueError: the request cannot be met; nothing was written.
         pyquant.integrations.export.ExportMismatch: the exported model is not the evaluated one; nothing was published.
         KeyboardInterrupt: stopped; what was finished is kept for ``resume``.
+
+    Started by ``torchrun`` or ``accelerate launch``, kd-qat and soft-qat shard the student over the processes and blockwise
+    shares out the calibration windows. The first process does everything else; the results of the others are empty.
     """
+    with joined(pick_device(config.device)) as ranks:
+        if ranks.size > 1 and config.recipe not in SPREAD:
+            raise ValueError(
+                f"recipe {config.recipe} runs in one process, not {ranks.size}; {', '.join(SPREAD)} run in several"
+            )
+        return _quantize(config, on_event if ranks.rank == 0 else None, command, ranks)
+
+
+def _quantize(config: QuantizeConfig, on_event: OnEvent | None, command: str, ranks: Ranks) -> Result:
     say = on_event or (lambda event: None)
     spec = QuantSpec(config.bits, config.group_size, config.symmetric)
     clock = Clock(say)
@@ -133,7 +151,10 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     if config.recipe in TRAINED:
         if config.kd.freeze and config.kd.freeze_at >= config.kd.steps:
             raise ValueError(f"kd.freeze_at={config.kd.freeze_at} is never reached in kd.steps={config.kd.steps}")
-        optimizer_class(kd_config(config))
+        if ranks.size > 1:
+            check_shardable(kd_config(config), ranks.size)
+        else:
+            optimizer_class(kd_config(config))
     if config.recipe == "bisup":
         bisup_settings(config)
         if not config.symmetric:
@@ -173,7 +194,12 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
     else:
         cast(model, device, compute)
     acts: Activations | None = None
-    work.open()
+    ranks.wait()  # all have seen what work there is
+    if ranks.rank == 0:
+        work.open()
+    ranks.wait()
+    if ranks.rank:
+        texts = []  # the first process measures
     try:
         whole = streamed or model
         fp = [_measure(work, whole, text, "full precision", checkpoint_digest(folder), clock) for text in texts]
@@ -187,7 +213,9 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
                 config, spec, model, tokenizer, pairs, tokens, stored, work.path / BLOCKS, work.resumed, clock, result
             )
         else:
-            model, report = _apply(config, spec, model, tokens, stored, work, clock, result)
+            model, report = _apply(config, spec, model, tokens, stored, work, clock, result, ranks)
+        if ranks.rank:
+            return result
         digest = model_digest(model) if texts else ""
         quantized = [_measure(work, model, text, "quantized", digest, clock) for text in texts]
         result.rows = [
@@ -201,7 +229,8 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         extra = {} if acts is None else {FILE: acts.text}
         _finish(config, spec, model, tokenizer, texts, report, work, clock, result, command, extra)
     except BaseException:
-        work.close_after_failure()
+        if ranks.rank == 0:
+            work.close_after_failure()
         raise
     return result
 
@@ -218,6 +247,7 @@ def _apply(
     work: Work,
     clock: Clock,
     result: Result,
+    ranks: Ranks,
 ) -> tuple[nn.Module, SwapReport]:
     """The recipe: the quantized model (QLinear, values as they will be stored) and what became of its layers."""
     chosen: dict[str, Any] = {"include": config.include, "exclude": config.exclude, "skip_experts": config.skip_experts}
@@ -238,31 +268,42 @@ def _apply(
     else:
         assert tokens is not None
         compute = next(model.parameters()).dtype
+        spread = ranks.size > 1 or any((work.path / TRAINER).glob(f"checkpoint-*/{TENSORS}"))
+        device = next(model.parameters()).device
         with clock("train") as stage:
             student = copy.deepcopy(model)
             teacher = model.eval().requires_grad_(False)
             report = swap(student, spec, lambda _, linear: linear, **chosen)
-            steps = config.kd.steps
-            result.history = train_kd(
-                student,
-                teacher,
-                tokens,
-                kd_config(config),
-                spec,
-                work.path / TRAINER,
-                work.resumed,
-                lambda row: stage(int(row["step"]), steps, f"loss {row['loss']:.4f}"),
-            )
+            steps, folder = config.kd.steps, work.path / TRAINER
+            kd, resumed = kd_config(config), work.resumed
+
+            def tell(row: dict[str, Any]) -> None:
+                stage(int(row["step"]), steps, f"loss {row['loss']:.4f}")
+
+            if spread:
+                if config.kd.shard_teacher:
+                    before = {}  # the whole weights are let go
+                    result.notes.append("The teacher was sharded, so the errors of single layers were not measured.")
+                found = train_sharded(student.cpu(), teacher, tokens, kd, spec, folder, resumed, tell)
+                result.history = found.history
+            else:
+                result.history = train_kd(student, teacher, tokens, kd, spec, folder, resumed, tell)
         if config.kd.activation_bits != 16:
             result.notes.append(
                 f"Layer inputs had {config.kd.activation_bits} bits in training. The folder holds weights only: its "
                 "perplexities, and what loads it, are those of 16-bit inputs."
             )
         result.frozen = [name for name, m in student.named_modules() if getattr(m, "frozen", False)]
-        convert(student, stored)
-        model = cast(student, next(student.parameters()).device, compute)
+        if spread:
+            gathered = found.gather(stored)
+            if gathered is None:
+                return model, report
+            student = gathered
+        else:
+            convert(student, stored)
+        model = cast(student, device, compute)
     model.eval()
-    result.layers = layer_errors(before, model)
+    result.layers = layer_errors(before, model) if before else []
     return model, report
 
 

@@ -42,7 +42,11 @@ from pyquant.nn.linear import FakeQuantLinear
 log = logging.getLogger("pyquant")
 
 KEEP = 2  # checkpoints of a run that stay on disk
-FREE = ("save_steps", "gradient_checkpointing")  # may change between start and resume: they do not change the result
+FREE = (
+    "save_steps",
+    "gradient_checkpointing",
+    "shard_teacher",
+)  # may change between start and resume: they do not change the result
 
 
 def fingerprint(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: Any, spec: QuantSpec) -> dict[str, Any]:
@@ -159,14 +163,7 @@ def save(
         }
         (partial / "state.json").write_text(json.dumps(state))
         trainer_state.save_to_json(str(partial / "trainer_state.json"))
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        for file in partial.iterdir():
-            flush(file)
-        write_atomic(partial / "manifest.json", json.dumps(sizes))
-        flush(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        flush(work_dir)
+        publish(work_dir, partial, step)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower():
@@ -176,13 +173,27 @@ def save(
                 errno.ENOSPC, f"the disk of {work_dir} is full: step {step} could not be saved{kept}"
             ) from error
         raise
+    return final
+
+
+def publish(work_dir: Path, partial: Path, step: int) -> None:
+    """Give a written folder its manifest and its name, flushed to disk, and drop all checkpoints but the last two."""
+    final = work_dir / f"checkpoint-{step}"
+    files = sorted(file for file in partial.rglob("*") if file.is_file())
+    sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
+    for file in files:
+        flush(file)
+    write_atomic(partial / "manifest.json", json.dumps(sizes))
+    flush(partial)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(partial, final)
+    flush(work_dir)
     for old in work_dir.glob("checkpoint-*"):
         name = old.name.split("-", 1)[1]
         if not name.isdigit() or int(name) > step:
             shutil.rmtree(old, ignore_errors=True)
     for old in sorted(work_dir.glob("checkpoint-*"), key=step_of)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def _unique(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -104,7 +104,8 @@ def train_kd(
         Interrupted: Ctrl-C, after the step was finished and saved. A second Ctrl-C stops at once.
     """
     work_dir = Path(work_dir)
-    _check_inputs(student, teacher, tokens, config)
+    check_inputs(student, teacher, tokens, config)
+    optimizer_class(config)
     cast_weights(student, config)
     fingerprint = disk.fingerprint(student, teacher, tokens, config, spec)
     last = disk.open_run(work_dir, fingerprint, resume)
@@ -112,7 +113,7 @@ def train_kd(
     set_up(student, config, spec)
     if last is not None and disk.read_state(last)["step"] >= config.steps:
         return disk.load_student(last, student)
-    with _deterministic(), _sigint() as interrupted:
+    with deterministic(), on_sigint() as interrupted:
         trainer = _KDTrainer(student, teacher, tokens, config, work_dir, interrupted, on_log)
         try:
             if config.gradient_checkpointing:
@@ -152,7 +153,8 @@ def optimizer_class(config: KDConfig) -> tuple[Any, dict[str, Any]]:
     return (with_masters(kind) if config.weights == "bf16" else kind), flags
 
 
-def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: KDConfig) -> None:
+def check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config: KDConfig) -> None:
+    """Refuse models and tokens that do not fit, as :func:`train_kd` says."""
     if tokens.dim() != 2 or tokens.shape[0] == 0 or tokens.shape[1] != config.seq_len or tokens.dtype != torch.int64:
         raise ValueError(
             f"tokens must be int64 [n >= 1, seq_len={config.seq_len}], got {tokens.dtype} {tuple(tokens.shape)}"
@@ -172,13 +174,13 @@ def _check_inputs(student: nn.Module, teacher: nn.Module, tokens: Tensor, config
     positions = getattr(student.config, "max_position_embeddings", None)
     if positions and config.seq_len > positions:
         raise ValueError(f"seq_len={config.seq_len} is more than the {positions} positions of the model")
-    optimizer_class(config)
     if config.freeze_at >= config.steps and config.freeze:
         raise ValueError(f"freeze_at={config.freeze_at} is never reached in {config.steps} steps")
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms, and attention that has them."""
     was, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
@@ -192,7 +194,7 @@ def _deterministic() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigint() -> Iterator[SimpleNamespace]:
+def on_sigint() -> Iterator[SimpleNamespace]:
     """The first Ctrl-C sets ``.set``; a second one interrupts at once. Signals belong to the main thread."""
     flag = SimpleNamespace(set=False)
     if threading.current_thread() is not threading.main_thread():
@@ -284,7 +286,7 @@ class _KDTrainer(Trainer):
         )
         args._n_gpu = min(args.n_gpu, 1)  # never DataParallel
         if args.world_size > 1:
-            raise ValueError(f"training runs in one process, not {args.world_size}")
+            raise ValueError(f"train_kd runs in one process, not {args.world_size}; train_sharded runs in several")
         self.config, self.interrupted, self.on_log = config, interrupted, on_log
         self.history: list[dict[str, Any]] = []
         self.parts: list[dict[str, Tensor]] = []

@@ -56,6 +56,7 @@ def prepare(
     exclude: Iterable[str] = ("lm_head",),
     skip_experts: bool = False,
     options: dict[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> SwapReport:
     """Replace the linear layers of a model by :class:`~pyquant.nn.FakeQuantLinear`, in place; weights stay the same
     tensors.
@@ -69,6 +70,7 @@ def prepare(
         include, exclude: shell-style patterns on dotted names or their tails.
         skip_experts: leave fused mixture-of-experts weights as they are instead of refusing them.
         options: what the quantizer takes beyond weight, spec and rule (``soft``: rounding, clamp, beta, soft_forward).
+        device: where the first ranges are searched; None is where the weights are.
 
     Raises:
         ValueError: as :func:`pyquant.recipes.rtn.rtn`, and for an unknown quantizer.
@@ -80,8 +82,8 @@ def prepare(
 
     def replace(name: str, linear: nn.Linear) -> nn.Module:
         with torch.no_grad():
-            made = QUANTIZERS[quantizer](linear.weight, spec, rule, **(options or {}))
-        return FakeQuantLinear(linear, made)
+            made = QUANTIZERS[quantizer](linear.weight.to(device), spec, rule, **(options or {}))
+        return FakeQuantLinear(linear, made.to(linear.weight.device))
 
     return swap(model, spec, replace, include, exclude, skip_experts)
 
@@ -94,9 +96,9 @@ def cast_weights(model: nn.Module, config: KDConfig) -> None:
         p.data = p.data.to(dtype)
 
 
-def set_up(student: nn.Module, config: KDConfig, spec: QuantSpec) -> SwapReport:
+def set_up(student: nn.Module, config: KDConfig, spec: QuantSpec, device: torch.device | None = None) -> SwapReport:
     """Everything that happens to a student before its first step, in place: its dtype, its quantizers, embeddings and
-    head, the inputs of its layers, and ov-freeze where that comes first.
+    head, the inputs of its layers, and ov-freeze where that comes first. ``device`` as in :func:`prepare`.
 
     Raises:
         ValueError: as :func:`prepare`, :func:`freeze` and :func:`~pyquant.recipes.vocabulary.prepare_vocabulary`.
@@ -104,7 +106,7 @@ def set_up(student: nn.Module, config: KDConfig, spec: QuantSpec) -> SwapReport:
     cast_weights(student, config)
     options = None if config.soft is None else config.soft.options()
     chosen = config.include, config.exclude, config.skip_experts
-    report = prepare(student, spec, config.quantizer, config.rule, *chosen, options)
+    report = prepare(student, spec, config.quantizer, config.rule, *chosen, options, device)
     prepare_vocabulary(student, config.embedding_bits, config.head_bits, config.train_embeddings, config.train_head)
     if config.activation_bits != 16:
         quantize_inputs(student, config.activation_bits)

@@ -18,7 +18,7 @@ class KDConfig:
 
     Args:
         steps: optimizer steps.
-        batch_size: windows a forward pass; ``batch_size * grad_accum`` make a step.
+        batch_size: windows a forward pass, of all processes together; ``batch_size * grad_accum`` make a step.
         seq_len: tokens a window.
         grad_accum: forward passes a step.
         lr, scale_lr: peak learning rates of weights, and of scales and zeros.
@@ -46,6 +46,7 @@ class KDConfig:
         reuse_fake_quant: quantize each weight once for all ``grad_accum`` passes of a step
             (:func:`pyquant.nn.reuse_fake_quant`): less time, and while a step lasts the memory of the quantized weights and
             their gradients.
+        shard_teacher: over several processes, shard the teacher's blocks as the student's; otherwise each has it whole.
 
     Raises:
         ValueError: for values that cannot be.
@@ -83,6 +84,7 @@ class KDConfig:
     optim: str = "adamw_torch"
     gradient_checkpointing: bool = False
     reuse_fake_quant: bool = False
+    shard_teacher: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "save_steps"):
