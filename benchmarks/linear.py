@@ -72,7 +72,8 @@ def backward_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tu
     """The gradient to x, dX = dY @ W_hat, at every (K, N) and M, beside cuBLAS over a bf16 weight.
 
     ``pyquant`` is what a backward runs; ``fused`` (Triton over the packed weight) and ``expand`` (the weight in 16 bits,
-    then cuBLAS) are its two ways at any number of tokens, for the choice between them.
+    then cuBLAS) are its two ways at any number of tokens, for the choice between them, and ``expand-24MB`` the second in parts
+    that the L2 cache holds.
     """
     rows: list[dict] = []
     for k, n in shapes:
@@ -110,7 +111,13 @@ def backward_ways(device: str = "cuda") -> dict[str, Callable[[QLinear, Tensor],
 
         return way
 
-    ways = {"pyquant": taken, "expand": by(linear._backward_expand)}
+    ways = {
+        "pyquant": taken,
+        "expand": by(linear._backward_expand),
+        "expand-24MB": by(
+            partial(linear._backward_expand, part_bytes=24 << 20)
+        ),  # a part stays in the L2 cache of Hopper
+    }
     if unavailable("triton", device) is None:
         ways["fused"] = by(kernels("linear_backward").linear_w4a16_backward)
     return ways

@@ -54,7 +54,12 @@ def linear() -> str:
 
 def linear_backward() -> str:
     """Microseconds of the gradient to x, what a backward takes and its two ways, a row a shape and token count."""
-    ways = {"fused": "from 4 bits", "expand": "expanded", "cublas-bf16": "cuBLAS bf16"}
+    ways = {
+        "fused": "from 4 bits",
+        "expand": "expanded",
+        "expand-24MB": "expanded, 24 MB at a time",
+        "cublas-bf16": "cuBLAS bf16",
+    }
     return linear_table(_load("h200/linear_backward.json"), ways)
 
 

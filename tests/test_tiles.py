@@ -22,9 +22,9 @@ SHAPES = [(4096, 4096), (14336, 4096)]
 def cache(tmp_path, monkeypatch):
     """A cache folder of its own, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tiles._measured.cache_clear()
+    tiles.forget()
     yield tmp_path
-    tiles._measured.cache_clear()
+    tiles.forget()
 
 
 def by(which: str, fast: Tile, seconds: float = 0.5):
