@@ -1,8 +1,16 @@
-"""What the kernels are compared with: makers of ``(x -> y)`` callables from a full-precision weight, by name."""
+"""What the kernels are compared with: makers of ``(x -> y)`` callables from a full-precision weight, by name.
+
+A peer that is not installed, or does not serve this GPU, is left out, and a line says why (:func:`available`). The calls
+were read from the packages' code at the versions named in NOTES.md.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.metadata
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +19,10 @@ from pyquant.formats.spec import QuantSpec
 from pyquant.nn.linear import QLinear
 
 Maker = Callable[[Tensor, int], Callable[[Tensor], Tensor]]
+
+# A 4-bit result is this far from the product with the full weight: round to nearest over 128 normal numbers is off by a
+# tenth, NF4 and FP4 over 64 by less or a little more. A peer that is called wrongly is off by about 1.4.
+LOOKS_RIGHT = 0.25
 
 
 def cublas(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
@@ -26,17 +38,134 @@ def pyquant(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
     return QLinear.from_linear(linear, QuantSpec(4, group)).requires_grad_(False)
 
 
+def codes_of(w: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 ``[N, K]`` with zero 8 and scales ``[N, K/G]`` in w's dtype: round to nearest, symmetric."""
+    parts = w.float().unflatten(1, (-1, group))
+    scale = (parts.abs().amax(2) / 7).to(w.dtype)
+    codes = (parts / scale.float()[..., None]).round().clamp(-8, 7) + 8
+    return codes.to(torch.uint8).flatten(1), scale
+
+
 def tinygemm(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
-    """torch's own int4 kernel (bf16, asymmetric scales and zeros); random codes are as good as any for timing."""
+    """torch's own int4 kernel, which torchao's int4 weights run on older GPUs too (bf16): w = (code - 8) * s + z."""
     if w.dtype != torch.bfloat16 or group < 32:
         raise NotImplementedError("tinygemm takes bf16 and groups of 32 and more")
-    n, k = w.shape
-    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device=w.device)
-    packed = torch._convert_weight_to_int4pack(codes, 8)
-    scales = (torch.rand(k // group, n, 2, device=w.device) + 0.5) * 0.2 / k**0.5  # results of the size of x
-    scales[..., 1] -= scales[..., 1].mean()
-    scales = scales.bfloat16()
+    codes, scale = codes_of(w, group)
+    packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).contiguous(), 8)
+    scales = torch.stack([scale.T, torch.zeros_like(scale.T)], dim=2).contiguous()  # [K/G, N, 2]
     return lambda x: torch._weight_int4pack_mm(x, packed, group, scales)
 
 
-LINEAR: dict[str, Maker] = {"cublas-bf16": cublas, "pyquant": pyquant, "tinygemm": tinygemm}
+def _bitsandbytes(kind: str) -> Maker:
+    def maker(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
+        import bitsandbytes as bnb
+
+        packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type=kind)  # its default block
+        return lambda x: bnb.matmul_4bit(x, packed, quant_state=state)
+
+    maker.__doc__ = f"bitsandbytes' {kind} in blocks of 64, scales in fp32."
+    return maker
+
+
+@functools.cache
+def _gemlite() -> type:
+    """Its maker of layers, with tiles that it ships: those of an H100 where it has none for this GPU (an H200)."""
+    import gemlite
+    from gemlite.helper import A16W4_HQQ_INT
+
+    gemlite.set_autotune(False)  # what no table holds takes its default tile: tuning takes minutes for each shape
+    shipped = Path(gemlite.__file__).parent / "configs"
+    name = torch.cuda.get_device_name().lower().replace(" ", "_")
+    own = [file for file in shipped.glob("*.json") if file.stem in name]
+    gemlite.load_config(str(own[0] if own else shipped / "h100.json"))
+    return A16W4_HQQ_INT
+
+
+def gemlite(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
+    """gemlite's Triton kernels with integer codes, in groups."""
+    codes, scale = codes_of(w, group)
+    zeros = torch.full_like(scale, 8)
+    maker = _gemlite()(device=w.device, dtype=w.dtype)
+    return maker.from_weights(codes, scale.reshape(-1, 1), zeros.reshape(-1, 1))
+
+
+def humming(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
+    """humming-kernels; compiles for each shape and range of M (NVRTC or nvcc) at the first call."""
+    from humming.layer import HummingLayer
+
+    n, k = w.shape
+    config = {"dtype": "int4", "group_size": group}
+    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=w.dtype).to(w.device)
+    layer.load_from_unquantized(w)
+    layer.transform()
+    return layer
+
+
+def torchao(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
+    """torchao's int4 weight-only layer, as its ``quantize_`` makes it with the packing that needs no other package."""
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    n, k = w.shape
+    linear = torch.nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = torch.nn.Parameter(w.clone(), requires_grad=False)
+    quantize_(linear, Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d"))
+    return linear
+
+
+OWN = ("pyquant", "cublas-bf16")
+LINEAR: dict[str, Maker] = {
+    "cublas-bf16": cublas,
+    "pyquant": pyquant,
+    "tinygemm": tinygemm,
+    "bitsandbytes-nf4": _bitsandbytes("nf4"),
+    "bitsandbytes-fp4": _bitsandbytes("fp4"),
+    "gemlite": gemlite,
+    "humming": humming,
+    "torchao": torchao,
+}
+# Who may be handed the first columns of wider rows in a chain; the others get the same x at each call.
+TAKES_ROW_STRIDES = ("cublas-bf16", "pyquant")
+
+
+def available(names: list[str] | None = None, say: Callable[[str], None] = print) -> dict[str, Maker]:
+    """The peers that can be made and called here; a small product is tried with each.
+
+    Args:
+        names: of :data:`LINEAR`; all by default.
+        say: told, a line each, who is left out and why.
+    """
+    w = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16) / 32
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    found = {}
+    for name in names or LINEAR:
+        if name in OWN:
+            found[name] = LINEAR[name]
+            continue
+        try:
+            looks_right(name, LINEAR[name](w, 128), w, x)
+        except Exception as error:  # whatever it is, the others are measured
+            say(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            continue
+        found[name] = LINEAR[name]
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Version of each package of a peer that is installed."""
+    found = {}
+    for package in ("bitsandbytes", "gemlite", "humming-kernels", "torchao"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def looks_right(name: str, layer: Callable[[Tensor], Tensor], w: Tensor, x: Tensor) -> None:
+    """A peer computes x @ w.T but for its rounding to 4 bits.
+
+    Raises:
+        RuntimeError: it does not; a time of something else says nothing.
+    """
+    exact = x.float() @ w.float().T
+    error = float((layer(x).float() - exact).norm() / exact.norm())
+    if not error < LOOKS_RIGHT:
+        raise RuntimeError(f"{name} is off by {error:.2f} from the product, 4 bits by at most {LOOKS_RIGHT}")

@@ -18,6 +18,9 @@ LINES = {  # name in the file: (label, colour)
     "pyquant": ("pyquant", "#0b6e4f"),
     "cublas-bf16": ("cuBLAS bf16", "#c1440e"),
     "tinygemm": ("torch tinygemm int4", "#6a4c93"),
+    "humming": ("humming", "#1f77b4"),
+    "gemlite": ("gemlite", "#e0a100"),
+    "bitsandbytes-nf4": ("bitsandbytes NF4", "#d16ba5"),
 }
 
 
@@ -76,7 +79,8 @@ def draw(found: dict) -> str:
     for i, (shape, lines) in enumerate(panels.items()):
         parts += _panel(shape, lines, i % COLUMNS * WIDTH, i // COLUMNS * HEIGHT)
     x, y = LEFT, height - 14
-    for label, colour in LINES.values():
+    drawn = {name for lines in panels.values() for name in lines}
+    for label, colour in (line for name, line in LINES.items() if name in drawn):
         parts.append(f'<path d="M{x} {y - 4}h22" stroke="{colour}" stroke-width="2.5"/>')
         parts.append(f'<text x="{x + 28}" y="{y}">{label}</text>')
         x += 50 + 7 * len(label)

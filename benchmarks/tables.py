@@ -38,29 +38,52 @@ def _about(meta: dict) -> str:
     )
 
 
+LINEAR_PEERS = {
+    "cublas-bf16": "cuBLAS bf16",
+    "tinygemm": "torch tinygemm int4",
+    "torchao": "torchao int4",
+    "bitsandbytes-nf4": "bitsandbytes NF4",
+    "bitsandbytes-fp4": "bitsandbytes FP4",
+    "gemlite": "gemlite",
+    "humming": "humming",
+}
+
+
 def linear() -> str:
-    """Microseconds of linear_w4a16 and its peers, a row a shape and token count."""
-    found = _load("h200/linear.json")
+    """Microseconds of linear_w4a16 and the peers that were there, a row a shape and token count."""
+    return linear_table(_load("h200/linear.json"), LINEAR_PEERS)
+
+
+def linear_backward() -> str:
+    """Microseconds of the gradient to x, what a backward takes and its two ways, a row a shape and token count."""
+    ways = {
+        "fused": "from 4 bits",
+        "expand": "expanded",
+        "expand-24MB": "expanded, 24 MB at a time",
+        "cublas-bf16": "cuBLAS bf16",
+    }
+    return linear_table(_load("h200/linear_backward.json"), ways)
+
+
+def linear_table(found: dict, peers: dict[str, str]) -> str:
+    """Roof, pyquant, and a column for each of these peers (impl -> heading) that the results have."""
     cells: dict[tuple[int, int, int], dict[str, float]] = {}
     roofs = {}
     for row in found["rows"]:
         key = (row["K"], row["N"], row["M"])
         cells.setdefault(key, {})[row["impl"]] = row["us"]
         roofs[key] = row["roof_us"]
-    impls = ["pyquant", "cublas-bf16", "tinygemm"]
+    there = [impl for impl in peers if any(impl in us for us in cells.values())]
     rows = []
     for (k, n, m), us in cells.items():
         ours = us["pyquant"]
         rows.append(
             [f"{k} x {n}", str(m), f"{roofs[k, n, m]:.1f}", f"**{ours:.1f}**"]
-            + [f"{us[i]:.1f}" if i in us else "-" for i in impls[1:]]
+            + [f"{us[i]:.1f}" if i in us else "-" for i in there]
             + [f"{us['cublas-bf16'] / ours:.2f}x"]
         )
-    return (
-        _about(found["meta"])
-        + "\n\n"
-        + _table(["K x N", "M", "roof", "pyquant", "cuBLAS bf16", "torch tinygemm int4", "over cuBLAS"], rows)
-    )
+    head = ["K x N", "M", "roof", "pyquant", *(peers[i] for i in there), "over cuBLAS"]
+    return _about(found["meta"]) + "\n\n" + _table(head, rows)
 
 
 def fake_quant() -> str:
@@ -300,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_quality": kv_quality,
     "kv_needle": kv_needle,
     "linear": linear,
+    "linear_backward": linear_backward,
     "fake_quant": fake_quant,
     "distill": distill,
     "ptq": ptq,

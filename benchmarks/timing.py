@@ -12,13 +12,8 @@ import torch
 COLD_BYTES = 256 << 20  # weights are rotated through at least this much, several times any L2
 
 
-def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
-    """Microseconds a call: all calls are captured into one graph, in order, and the graph is replayed.
-
-    Args:
-        calls: the same work on different (cold) data; their number is how often the data repeats.
-        replays: timed replays; the median is returned.
-    """
+def capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """All calls, in order, in one CUDA graph; the first two are run before, so that what they set up is there."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -28,6 +23,17 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    return graph
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
+    """Microseconds a call: all calls are captured into one graph, in order, and the graph is replayed.
+
+    Args:
+        calls: the same work on different (cold) data; their number is how often the data repeats.
+        replays: timed replays; the median is returned.
+    """
+    graph = capture(calls)
     for _ in range(2):
         graph.replay()
     times = []

@@ -57,7 +57,7 @@ _SUM_BLOCK = 512  # features of a program that adds parts: 16 bytes a thread
 MIN_STEPS = 4  # a program needs some steps for its pipeline
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # one compilation for any number of tokens that take the same tile
 def _linear_kernel(
     out_ptr, x_ptr, qweight_ptr, scale_ptr, zero_ptr, bias_ptr, m, n, k, units, groups, group_size,
     x_stride_m, x_stride_k,
@@ -113,7 +113,7 @@ def _linear_kernel(
     tl.store(out, tl.trans(acc).to(out_ptr.dtype.element_ty), mask=(token < m)[:, None] & (feature < n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _sum_parts_kernel(
     y_ptr, parts_ptr, bias_ptr, m, n, HAS_BIAS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr
 ):

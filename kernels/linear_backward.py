@@ -50,7 +50,7 @@ from pyquant.kernels.tiles import Tile, choose, gpu
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _backward_kernel(
     out_ptr, grad_ptr, qweight_ptr, scale_ptr, zero_ptr, m, n, k, units, groups, group_size,
     grad_stride_m, grad_stride_n,

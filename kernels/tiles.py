@@ -101,8 +101,12 @@ def choose(kernel: str, m: int, kind: str, name: str = "") -> Tile:
         kind: ``sm90`` or ``other``.
         name: of the GPU, as torch tells it.
     """
-    rows = _measured(tiles_file()).get(name, {}).get(kernel) or TABLE[kernel, kind]
-    return next(tile for most, tile in rows if most is None or m <= most)
+    return next(tile for most, tile in _rows_for(kernel, kind, name) if most is None or m <= most)
+
+
+@functools.cache
+def _rows_for(kernel: str, kind: str, name: str) -> tuple[Row, ...]:
+    return _measured(tiles_file()).get(name, {}).get(kernel) or TABLE[kernel, kind]
 
 
 # ------------------------------------------------------------------------------------------------ the file
@@ -123,8 +127,14 @@ def save(name: str, kernels: dict[str, list[Row]], triton: str) -> Path:
     part = file.with_suffix(".part")
     part.write_text(json.dumps({"version": VERSION, "triton": triton, "gpus": gpus}, indent=1) + "\n")
     part.replace(file)
-    _measured.cache_clear()
+    forget()
     return file
+
+
+def forget() -> None:
+    """Read the file again at the next call: it is read once in a process."""
+    _measured.cache_clear()
+    _rows_for.cache_clear()
 
 
 @functools.cache

@@ -255,7 +255,7 @@ def test_tuning_runs_every_tile_and_leaves_out_a_wrong_one(monkeypatch, tmp_path
     from pyquant.kernels import tune as search
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tiles._measured.cache_clear()
+    tiles.forget()
     wrong, right = tiles.CANDIDATES["backward"][32][:2]
     backward = search.linear_w4a16_backward
 
@@ -272,4 +272,4 @@ def test_tuning_runs_every_tile_and_leaves_out_a_wrong_one(monkeypatch, tmp_path
         tiles.choose("backward", 20, *tiles.gpu(torch.device("cpu"))) == tiles.TABLE["backward", "other"][1][1] != right
     )
     assert file.parent == tmp_path / "pyquant"
-    tiles._measured.cache_clear()
+    tiles.forget()

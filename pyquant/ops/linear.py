@@ -167,15 +167,22 @@ def _triton_may_serve(device: str) -> bool:
 
 
 def _backward_expand(
-    grad_x: Tensor, grad_y: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+    grad_x: Tensor,
+    grad_y: Tensor,
+    qweight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group_size: int,
+    part_bytes: int | None = None,
 ) -> None:
     """Fill grad_x ``[M, K]``, by cuBLAS over some columns of the expanded weight at a time.
 
     A part has all N features, so that each sum stays in one product and is rounded once; its packed columns are copied
-    together first, a quarter more memory on top of the expanded part's at most :data:`EXPANDED_BYTES`.
+    together first, a quarter more memory on top of the expanded part's at most :data:`EXPANDED_BYTES` (or ``part_bytes``).
     """
     n, k = grad_y.shape[1], grad_x.shape[1]
-    columns = max(1, EXPANDED_BYTES // (grad_y.element_size() * max(n, 1) * PART)) * PART
+    column_bytes = grad_y.element_size() * max(n, 1)
+    columns = max(1, (part_bytes or EXPANDED_BYTES) // (column_bytes * PART)) * PART
     for first in range(0, k, columns):
         width = min(columns, k - first)
         part = qweight, scale, zero
