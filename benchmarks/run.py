@@ -13,23 +13,15 @@ from benchmarks import peers
 from benchmarks.attention_kv4 import attention_kv4_rows
 from benchmarks.distill import distill_rows
 from benchmarks.fake_quant import fake_quant_rows
-<<<<<<< HEAD
-from benchmarks.linear_w4a8 import linear_w4a8_rows
-from benchmarks.timing import chain_us, copies_for, meta
-=======
 from benchmarks.linear import backward_rows, linear_rows
+from benchmarks.linear_w4a8 import linear_w4a8_rows
 from benchmarks.timing import meta
->>>>>>> lin
 
 SHAPES = [(4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096), (8192, 8192), (8192, 28672)]  # (K, N)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 
 FAMILIES = {
-<<<<<<< HEAD
-    "linear": linear_rows,
     "linear_w4a8": linear_w4a8_rows,
-=======
->>>>>>> lin
     "fake_quant": fake_quant_rows,
     "distill": distill_rows,
     "attention_kv4": attention_kv4_rows,
@@ -55,10 +47,6 @@ def main() -> None:
     about["commit"] = args.commit or os.environ.get("PYQUANT_COMMIT") or about["commit"]
     print(json.dumps(about))
     shapes = [tuple(int(v) for v in s.split("x")) for s in args.shapes]
-<<<<<<< HEAD
-    extra = (args.tokens, shapes) if args.family in ("linear", "linear_w4a8") else ()
-    rows = FAMILIES[args.family](about["ceilings"], *extra)
-=======
     if args.backward:
         rows = backward_rows(about["ceilings"], args.tokens, shapes)
     elif args.family == "linear":
@@ -66,8 +54,8 @@ def main() -> None:
         chosen = peers.available(None if args.peers is None else [*dict.fromkeys([*peers.OWN, *args.peers])])
         rows = linear_rows(about["ceilings"], args.tokens, shapes, chosen)
     else:
-        rows = FAMILIES[args.family](about["ceilings"])
->>>>>>> lin
+        extra = (args.tokens, shapes) if args.family == "linear_w4a8" else ()
+        rows = FAMILIES[args.family](about["ceilings"], *extra)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")
