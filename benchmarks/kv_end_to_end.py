@@ -20,6 +20,7 @@ from torch import nn
 import pyquant
 from benchmarks.end_to_end import build, decode_pyquant, relative
 from benchmarks.timing import meta
+from pyquant.integrations import kv_cache as _  # noqa: F401  makes the attention known by its name
 from pyquant.integrations.inference import undo
 from pyquant.integrations.read_decoder import read_decoder
 from pyquant.nn.kv_cache import KVSettings

@@ -63,7 +63,11 @@ void launch(const Call<T>& call, int64_t capacity, cudaStream_t stream) {
     allow_shared_memory<kernel>("attention_kv4");
     const Device device = current_device();
     if constexpr (NT == 1) {
-        if (call.batch == 1 && device.major >= 9 && launch_cluster<T, D, BITS>(call, capacity, device, stream)) return;
+        // Measured on an H200: faster up to 32k tokens, at 128k slower by 40 %, since it keeps fewer bytes in flight.
+        constexpr int kClusterPages = 1024;
+        if (call.batch == 1 && call.page_capacity <= kClusterPages && device.major >= 9 &&
+            launch_cluster<T, D, BITS>(call, capacity, device, stream))
+            return;
     }
     // As many blocks as fit, while the last of a head can hold a factor for each.
     constexpr int kMostParts = sizeof(Shared<T, D, NT, BITS>::meet) / (4 * S::kRows);

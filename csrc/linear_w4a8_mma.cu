@@ -99,8 +99,10 @@ __global__ void __launch_bounds__(kThreads)
                 for (int i = 0; i < 4; ++i) {
                     const int m = m0 + 8 * t + 2 * c + i % 2;
                     float by = s[i / 2];
-                    if (p.act_group)
-                        by *= column < p.k && m < p.m ? act_scale[column / p.act_group * int64_t{p.m4} + m] : 0.0f;
+                    if (p.act_group) {  // the last group may end behind K
+                        const int group = column / p.act_group;
+                        by *= group * p.act_group < p.k && m < p.m ? act_scale[group * int64_t{p.m4} + m] : 0.0f;
+                    }
                     acc[t][i] += by * static_cast<float>(part[t][i] - z[i / 2] * sum[t][i]);
                     part[t][i] = sum[t][i] = 0;
                 }

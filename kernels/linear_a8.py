@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from pyquant.kernels.int4 import STRIP, SYMMETRIC_ZERO, UNIT_K, UNIT_WORDS, nibble, scale_position
-from pyquant.kernels.linear import _SUM_BLOCK, _sum_parts_kernel, plan
+from pyquant.kernels.linear import add_parts, plan
+from pyquant.kernels.tiles import choose, gpu
 
 
 @triton.jit
@@ -119,9 +120,8 @@ def linear_w4a8(
         group_size, act_group_size: 32, 64, 128 or -1.
     """
     m, n = y.shape
-    hopper = y.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(y.device)[0] == 9
     finest = min((g for g in (group_size, act_group_size) if g > 0), default=-1)
-    tiles, splits, constants = plan(m, n, k, finest, hopper)
+    tiles, splits, constants = plan(m, n, k, finest, choose("forward", m, *gpu(y.device)))
     out = y if splits == 1 else torch.empty((splits, m, n), dtype=torch.float32, device=y.device)
     epilogue_bias = bias if splits == 1 else None
     units, groups = qweight.shape[1], scale.shape[1]
@@ -132,6 +132,4 @@ def linear_w4a8(
         HAS_ZERO=zero is not None, HAS_BIAS=epilogue_bias is not None, ACT_GROUPS=act_group_size != -1, **constants,
     )  # fmt: skip
     if splits > 1:
-        _sum_parts_kernel[(triton.cdiv(n, _SUM_BLOCK), m)](
-            y, out, bias, m, n, HAS_BIAS=bias is not None, SPLITS=splits, BLOCK=_SUM_BLOCK
-        )
+        add_parts(y, out, bias)

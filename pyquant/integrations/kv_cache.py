@@ -48,7 +48,7 @@ class KVCache(Cache):
         window: newest tokens that stay in 16 bits (64 to 127 more may, until their page is full).
         capacity: tokens to allocate for at once; 0 grows as needed.
         static: allocate all of ``capacity``, the most tokens of a sequence, by the first call, and keep lengths on the device:
-            a step can then be captured in a CUDA graph or compiled (``generate`` does so on GPUs), the attention must be
+            a step can then be captured in a CUDA graph or compiled (not by ``generate`` on GPUs), the attention must be
             ``"pyquant"``, and a mask is read only by calls that are neither: within a graph it is that of the first call.
 
     Raises:
@@ -135,7 +135,8 @@ class CacheLayer(CacheLayerMixin):
         super().__init__()
         self._cache = weakref.ref(cache)
         self.settings, self.config = cache.settings, cache.config
-        self.is_compileable = cache.settings.static
+        # generate compiles with the graph trees of inductor on GPUs, which refuse memory that ops keep between calls
+        self.is_compileable = cache.settings.static and not torch.cuda.is_available()
         self.kept: KVLayer | None = None
         self.plain: DynamicLayer | None = None  # where the format cannot hold the heads
         self.new: tuple[Tensor, Tensor] | None = None  # given to update, not stored yet
