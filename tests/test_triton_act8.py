@@ -68,8 +68,7 @@ def test_linear_w4a8_for_hopper(monkeypatch, pinned):
     """Hopper's plan: two units a step, and 128 tokens by two strips for many tokens."""
     from pyquant.kernels import linear_a8
 
-    plan = linear_a8.plan
-    monkeypatch.setattr(linear_a8, "plan", lambda m, n, k, group_size, hopper: plan(m, n, k, group_size, True))
+    monkeypatch.setattr(linear_a8, "gpu", lambda device: ("sm90", ""))
     for m, k in ((130, 200), (3, 1345)):
         case = Act8Case(m, 200, k, 128, symmetric=False)
         x, weight, _ = make(case, torch.float16, "cpu")
@@ -92,18 +91,21 @@ ALIGNED = ("n", "k", "columns", "group_size", "act_group_size", "width", "x_stri
 @pytest.mark.parametrize("zero", [False, True])
 def test_linear_w4a8_compiles(arch, zero, tmp_path, monkeypatch):
     """Without spills, on integer tensor cores, and with the weight going from registers to them."""
-    from pyquant.kernels import linear, linear_a8
+    from pyquant.kernels import linear_a8
+    from pyquant.kernels.tiles import TABLE
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tiles = [*linear.TILES.values(), linear.MANY_TOKENS_HOPPER if arch == 90 else linear.MANY_TOKENS]
-    for (block_m, strips, warps, stages, _), act_groups in zip(tiles, (False, True, False, False), strict=True):
+    tiles = [tile for _, tile in TABLE["forward", "sm90" if arch == 90 else "other"]]
+    for tile, act_groups in zip(tiles, (False, True, False, False), strict=True):
         constants = {
-            "HAS_ZERO": zero, "HAS_BIAS": True, "ACT_GROUPS": act_groups, "BLOCK_M": block_m, "STRIPS": strips,
-            "UNITS": 2 if arch == 90 else 1, "WORDS": 4, "STEPS": 32, "ALIGNED": ALIGNED, "act_stride_m": 1,
+            "HAS_ZERO": zero, "HAS_BIAS": True, "ACT_GROUPS": act_groups, "BLOCK_M": tile.tokens, "STRIPS": tile.strips,
+            "UNITS": tile.units, "WORDS": 4, "STEPS": 32, "ALIGNED": ALIGNED, "act_stride_m": 1,
         }  # fmt: skip
         if not zero:
             constants["zero_ptr"] = None
-        built = compile_kernel(linear_a8._linear_kernel, KINDS, constants, arch, num_warps=warps, num_stages=stages)
+        built = compile_kernel(
+            linear_a8._linear_kernel, KINDS, constants, arch, num_warps=tile.warps, num_stages=tile.stages
+        )
         assert built.stack_bytes == 0, f"{built.registers} registers, {built.stack_bytes} spilled bytes a thread"
         assert ".s32.s8.s8" in built.ptx, "integer tensor cores"
         assert built.shared_bytes <= (227 if arch == 90 else 163) * 1024
