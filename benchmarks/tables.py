@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.kv_needle import DEPTHS
 from benchmarks.kv_needle import summary as summary_of_needles
+from benchmarks.tables_kernels import attention_table, w4a8_table
 from benchmarks.tables_qat import large_table, qat_table
 from pyquant.integrations.spread import summary
 
@@ -84,6 +85,11 @@ def linear_table(found: dict, peers: dict[str, str]) -> str:
         )
     head = ["K x N", "M", "roof", "pyquant", *(peers[i] for i in there), "over cuBLAS"]
     return _about(found["meta"]) + "\n\n" + _table(head, rows)
+
+
+def _of_kernels(name: str, make: Callable[[dict], tuple[list[str], list[list[str]]]]) -> str:
+    found = _load(f"h200/{name}.json")
+    return _about(found["meta"]) + "\n\n" + _table(*make(found))
 
 
 def fake_quant() -> str:
@@ -324,6 +330,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kv_needle": kv_needle,
     "linear": linear,
     "linear_backward": linear_backward,
+    "attention_kv4": lambda: _of_kernels("attention_kv4", attention_table),
+    "linear_w4a8": lambda: _of_kernels("linear_w4a8", w4a8_table),
     "fake_quant": fake_quant,
     "distill": distill,
     "ptq": ptq,

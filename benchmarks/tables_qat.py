@@ -72,10 +72,14 @@ def large_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]
         else:
             values = ["out of memory" if "memory" in row["failed"] else "not installed", "-", "-", "-"]
         launched = "one graph" if row.get("captured") else "kernel by kernel"
-        cells.append([row["variant"], "on" if row["checkpointing"] else "off", launched, *values])
+        name = row["variant"] + (" *" if "commit" in row else "")
+        cells.append([name, "on" if row["checkpointing"] else "off", launched, *values])
     about = (
         f"{meta['parameters'] / 1e9:.2f} B parameters, {meta['length']:,} tokens, teacher and student resident, bf16 "
         f"weights, AdamW with {'bf16' if meta['optimizer'] == 'bf16' else '8-bit'} moments. {meta['gpu']}, torch "
         f"{meta['torch']}, commit {meta['commit'][:12]}."
     )
+    older = sorted({row["commit"][:12] for row in found["rows"] if "commit" in row})
+    if older:
+        about += f" * at commit {', '.join(older)}."
     return about, ["weights", "checkpointing", "launched", "ms a step", "tokens/s", "peak GiB", "over none"], cells

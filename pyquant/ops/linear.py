@@ -31,8 +31,8 @@ EXPANDED_BYTES = 128 << 20  # of 16-bit weight at a time
 
 # Up to this many tokens the gradient to x comes from the packed weight, above by expanding it and calling cuBLAS. Bytes
 # a weight: 0.52 packed, once while all tokens fit one tile (64, kernels/linear_backward.py), against 4.5 for reading it,
-# writing it in 16 bits and reading that; each further tile unpacks the weight again. Counted, not measured yet
-# (`python -m benchmarks.run --family linear --backward`).
+# writing it in 16 bits and reading that; each further tile unpacks the weight again. Measured on an
+# H200, 8192 x 8192, us: 16 tokens 40 against 99, 64 tokens 67 against 102, 128 tokens 117 against 100.
 FUSED_BACKWARD_TOKENS = 64
 PART = 128  # columns: parts of the expanded weight begin at whole units and whole groups
 
