@@ -8,12 +8,14 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 NO_VENV ?=
-# Oldest and newest target: between them every branch on the architecture is compiled. A plain `pip install .` builds all.
-TEST_ARCHS  ?= 80;90a
+# Newest and oldest target: between them every branch on the architecture is compiled (for the oldest to PTX, which spares
+# the assembler's time). A plain `pip install .` builds all.
+TEST_ARCHS  ?= 80-virtual;90a
 GPU_ARCHS   ?= native
 GPU         ?= h200
 SANITIZER   ?= compute-sanitizer
 PYTEST_ARGS ?=
+WORKERS     ?= 2
 
 ifeq ($(NO_VENV),)
 PY      := $(VENV)/bin/python
@@ -84,12 +86,12 @@ format: $(INSTALL)
 	clang-format -i $(CXX_SOURCES)
 
 pytest: $(INSTALL)
-	$(PY) -m pytest -m 'not gpu' --ignore-glob='tests/test_triton_*.py' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m 'not gpu' --ignore-glob='tests/test_triton_*.py' $(PYTEST_ARGS)
 
 # Triton reads the variable when it is imported, so its tests run in a process of their own.
 pytest-triton: $(INSTALL)
 ifneq ($(wildcard tests/test_triton_*.py),)
-	TRITON_INTERPRET=1 $(PY) -m pytest -m 'not gpu' $(sort $(wildcard tests/test_triton_*.py)) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m 'not gpu' $(sort $(wildcard tests/test_triton_*.py)) $(PYTEST_ARGS)
 endif
 
 # One after the other also under `make -j`: the tests need the extension that was just built.
