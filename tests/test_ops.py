@@ -6,6 +6,8 @@ test_ops_contract.py.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -405,3 +407,19 @@ def test_fake_quant_with_and_without_the_dispatcher():
     for _ in range(2):
         with pytest.raises(ValueError, match="bits=9 must be between 2 and 8"):
             ops.fake_quant(*leaves, None, 16, 9)
+
+
+def test_checks_that_were_passed_are_those_of_calls_alike():
+    """Kernels check once for calls alike; whatever the checks look at makes a call another one."""
+    checked = sys.modules["pyquant.ops.fake_quant"]._output
+    w, scale = torch.randn(6, 32), torch.rand(6, 2) + 0.5
+    good = (w, scale, None, 16, 4, 1.0, "ste", "hard", None, 10.0, False)
+    for _ in range(2):
+        assert checked(*good).shape == w.shape
+        for place, value, message in (
+            (1, scale[:, :1], "scale must have shape"), (1, scale.int(), "scale must be bfloat16"), (4, 9, "bits=9"),
+            (0, w.T, "scale must have shape"), (2, scale[:1], "zero must have shape"), (6, "no", "rounding='no'"),
+            (6, "sigmoid-a", "needs a temperature"), (7, "no", "clamp='no'"), (9, 0.0, "beta=0.0"),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=message):
+                checked(*good[:place], value, *good[place + 1 :])

@@ -21,6 +21,7 @@ from pyquant.integrations.ablate_qat import (
     QATBench,
     config_of,
     resolve_qat,
+    teaching_of,
     unmasked_attention,
 )
 from pyquant.integrations.evaluate import perplexity, probe_logits
@@ -236,6 +237,16 @@ def test_an_arm_that_diverges_is_a_row():
     row = bench().run({"steps": 4, "batch_size": 4, "warmup_steps": 0, "lr": 1e30, "scale_lr": 1e30}, SPEC, 0)
     assert row["perplexity"] == {"a": math.inf, "b": math.inf}
     assert "the loss is" in row["notes"][0]
+
+
+def test_what_an_arm_learns_from():
+    assert [teaching_of(QAT_ARMS[arm]) for arm in ("control", "qat-ce", "soft-both", "kd", "kd-ov", "kd-pure")] == [
+        "control", "ce", "ce", "kl+ce", "kl+ce", "kl",
+    ]  # fmt: skip
+    rates = {str(SPEC): {"kl": {"lr": 7e-4}, "ce": {"lr": 5e-4}}}
+    b = QATBench(tiny_llama(), learnable_tokens(), {}, rates, share=False)
+    found = {arm: b.settings(QAT_ARMS[arm], SPEC, 0).lr for arm in ("kd-pure", "qat-ce", "kd")}
+    assert found == {"kd-pure": 7e-4, "qat-ce": 5e-4, "kd": KDConfig().lr}
 
 
 def test_arms_that_cannot_be():
