@@ -20,8 +20,8 @@ from torch import nn
 import pyquant
 from benchmarks.end_to_end import build, decode_pyquant, relative
 from benchmarks.timing import meta
-from pyquant.integrations import kv_cache as _  # noqa: F401  makes the attention known by its name
 from pyquant.integrations.inference import undo
+from pyquant.integrations.kv_cache import NAME
 from pyquant.integrations.read_decoder import read_decoder
 from pyquant.nn.kv_cache import KVSettings
 
@@ -33,7 +33,7 @@ def gate() -> float:
     """Relative difference of a few steps' logits: the fused step, and transformers' forward over a KVCache."""
     model, ids = build("pyquant", 2), torch.randint(0, 1000, (2, 600), device="cuda")
     first, kv = 590, KVSettings(4, 128, 128)
-    model.set_attn_implementation("pyquant")
+    model.set_attn_implementation(NAME)
     cache = pyquant.KVCache(model.config, kv.bits, kv.prompt_tokens, kv.window)
     with torch.inference_mode():
         wants = [model(ids[:, :first], past_key_values=cache).logits[:, -1]]

@@ -68,6 +68,36 @@ struct Call {
     bool early;
 };
 
+template <typename T>
+Call<T> call_of(const Kv4Arguments& a) {
+    const bool capped = a.softcap > 0.0f;
+    char* const space = static_cast<char*>(a.workspace);
+    return Call<T>{static_cast<const T*>(a.q),
+                   a.q_batch_stride,
+                   a.q_token_stride,
+                   static_cast<const T*>(a.prompt),
+                   a.prompt_batch_stride,
+                   static_cast<const uint8_t*>(a.pages),
+                   static_cast<const T*>(a.window),
+                   a.segments,
+                   static_cast<T*>(a.out),
+                   a.lse,
+                   reinterpret_cast<float*>(space + kCounters * 4),
+                   reinterpret_cast<unsigned*>(space),
+                   a.sinks,
+                   capped ? a.scaling / a.softcap : a.scaling * kLog2e,
+                   capped ? a.softcap * kLog2e : 0.0f,
+                   static_cast<int>(a.batch),
+                   static_cast<int>(a.tokens),
+                   static_cast<int>(a.heads),
+                   static_cast<int>(a.kv_heads),
+                   static_cast<int>(a.prompt_tiles),
+                   static_cast<int>(a.page_capacity),
+                   static_cast<int>(a.ring_tiles),
+                   static_cast<int>(a.sliding_window ? a.sliding_window : 1 << 30),
+                   a.early};
+}
+
 template <int D, int NT, int BITS>
 struct Shape {
     static constexpr int kRows = 8 * NT, kPieces = D / 16;

@@ -550,5 +550,28 @@ void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t
                         static_cast<unsigned char*>(call.workspace), p);
 }
 
+// The kinds with sums or scales of groups, which come after every 32 columns where groups are below 128 (fine). False:
+// no kernel with tiles of so many tokens.
+template <Kind KIND>
+bool launch_tile(const LinearA8Call& call, bool fine, int tokens, int cut, int multiprocessors, cudaStream_t stream) {
+    if (fine && tokens > 64) return false;
+    switch (tokens) {
+        case 16:
+            (fine ? launch<16, 16, 1, KIND, 32> : launch<16, 16, 1, KIND, 128>)(call, cut, multiprocessors, stream);
+            return true;
+        case 64:
+            (fine ? launch<64, 64, 1, KIND, 32> : launch<64, 64, 1, KIND, 128>)(call, cut, multiprocessors, stream);
+            return true;
+        case 128:
+            launch<128, 64, 2, KIND, 128>(call, cut, multiprocessors, stream);
+            return true;
+        case 256:
+            launch<256, 64, 2, KIND, 128>(call, cut, multiprocessors, stream);
+            return true;
+        default:
+            return false;
+    }
+}
+
 }  // namespace
 }  // namespace pyquant

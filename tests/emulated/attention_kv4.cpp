@@ -34,32 +34,7 @@ bool attend_if(const Kv4Arguments& a, int grid, int cluster) {
     const int rows = static_cast<int>(a.heads / a.kv_heads * a.tokens);
     const bool fits = rows <= 8 ? NT == 1 : rows <= 16 ? NT == 2 : NT == 4;
     if (a.dtype != (std::is_same_v<T, __half> ? 1 : 0) || a.head_size != D || a.bits != BITS || !fits) return false;
-    const bool capped = a.softcap > 0.0f;
-    char* const space = static_cast<char*>(a.workspace);
-    const Call<T> call{static_cast<const T*>(a.q),
-                       a.q_batch_stride,
-                       a.q_token_stride,
-                       static_cast<const T*>(a.prompt),
-                       a.prompt_batch_stride,
-                       static_cast<const uint8_t*>(a.pages),
-                       static_cast<const T*>(a.window),
-                       a.segments,
-                       static_cast<T*>(a.out),
-                       a.lse,
-                       reinterpret_cast<float*>(space + kCounters * 4),
-                       reinterpret_cast<unsigned*>(space),
-                       a.sinks,
-                       capped ? a.scaling / a.softcap : a.scaling * kLog2e,
-                       capped ? a.softcap * kLog2e : 0.0f,
-                       static_cast<int>(a.batch),
-                       static_cast<int>(a.tokens),
-                       static_cast<int>(a.heads),
-                       static_cast<int>(a.kv_heads),
-                       static_cast<int>(a.prompt_tiles),
-                       static_cast<int>(a.page_capacity),
-                       static_cast<int>(a.ring_tiles),
-                       static_cast<int>(a.sliding_window ? a.sliding_window : 1 << 30),
-                       a.early};
+    const Call<T> call = call_of<T>(a);
     if (cluster > 1) {
         if constexpr (NT == 1) return attend_clusters<T, D, NT, BITS>(call, cluster);
         return false;
