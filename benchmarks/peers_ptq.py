@@ -207,7 +207,7 @@ def main() -> None:
         "model": args.model,
         "device": versions(args.device)["device"],
         "versions": tools,
-        "commit": commit(),
+        "commit": args.commit or commit(),
     }
     done = {(r["arm"], r["spec"], r["seed"]) for r in held["rows"]}
     for seed in range(args.seeds):

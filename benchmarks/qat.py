@@ -6,14 +6,15 @@ the file would hold it. One seed of everything comes first, then the others; a f
 run goes on after it. Arms: :data:`pyquant.integrations.ablate_qat.QAT_ARMS`, or new ones, ``--arms "mine=kd,lr:3e-4"``.
 
 ``--tune`` measures on held-out books that no result is measured on (the part of the text before the measured one): that is
-where learning rates were chosen. ``--jobs N`` shares the rows out over N processes on one GPU: while one sets up, captures
-or measures, others train.
+where learning rates were chosen. ``--jobs N`` shares the rows out over N processes on the GPUs that are seen: while one sets
+up, captures or measures, others train.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -113,9 +114,11 @@ def children(args: argparse.Namespace, began: float) -> None:
             part.unlink(missing_ok=True)
     given = sys.argv[1:]
     left = args.budget_seconds - (time.monotonic() - began)
+    gpus = torch.cuda.device_count()
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.qat", *given, "--part", str(k), "--budget-seconds", str(left)]
+            [sys.executable, "-m", "benchmarks.qat", *given, "--part", str(k), "--budget-seconds", str(left)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(k % gpus)} if gpus > 1 else None,
         )
         for k in range(args.jobs)
     ]
@@ -157,7 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-windows", type=int, default=64, help="of each text")
     parser.add_argument("--training-chars", type=int, help="only the beginning of the training text")
-    parser.add_argument("--jobs", type=int, default=1, help="processes on the GPU")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, on all GPUs that are seen")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--budget-seconds", type=float, default=float("inf"))
     parser.add_argument("--commit", help="of the working tree, where git does not know it")
