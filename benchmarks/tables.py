@@ -16,6 +16,7 @@ from benchmarks.kv_needle import DEPTHS
 from benchmarks.kv_needle import summary as summary_of_needles
 from benchmarks.tables_kernels import attention_table, w4a8_table
 from benchmarks.tables_qat import large_table, qat_table
+from pyquant.integrations.ablate import ARMS
 from pyquant.integrations.spread import summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,12 +179,16 @@ def end_to_end(found: dict | None = None) -> str:
 def arms(model: str, texts: tuple[str, ...] = ("books", "wikitext2", "tinystories")) -> str:
     """Every format and arm of ``benchmarks.ptq`` (and of ``benchmarks.peers_ptq``, where its file is there): means over
     seeds with half of the 95 % interval."""
-    found = _load(next(p for p in (f"h200/ptq-{model}.json", f"cpu/ptq-{model}.json") if (RESULTS / p).is_file()))
+    found = _measured(f"ptq-{model}")
     rows = list(found["rows"])
-    if (RESULTS / f"h200/peers-{model}.json").is_file():
-        rows += _load(f"h200/peers-{model}.json")["rows"]
+    if any((RESULTS / f"{on}/peers-{model}.json").is_file() for on in PLACES):
+        rows += _measured(f"peers-{model}")["rows"]
     cells = []
-    for row in sorted(summary(rows), key=lambda r: _FORMATS.index(r["spec"])):
+    order = list(ARMS)
+    for row in sorted(
+        summary(rows),
+        key=lambda r: (_FORMATS.index(r["spec"]), order.index(r["arm"]) if r["arm"] in ARMS else len(order)),
+    ):
         values = []
         for text in texts:
             mean, half = row["texts"][text]["mean"], row["texts"][text]["half"]
@@ -205,13 +210,14 @@ def _from(parts: tuple[str, list[str], list[list[str]]]) -> str:
     return about + "\n\n" + _table(columns, cells)
 
 
+PLACES = ("h200", "h100", "cpu")  # folders of results, the first that has a file
 _FORMATS = ["W4 per channel symmetric", "W4 g128 symmetric", "W3 per channel symmetric", "W3 g128 symmetric"]
 _FORMATS += ["W2 g64 symmetric", "W2 g64 asymmetric"]
 
 
 def _measured(name: str) -> dict:
     """A file of results by its GPU where it was measured on one, else by the CPU."""
-    return _load(next(p for p in (f"{on}/{name}.json" for on in ("h200", "h100", "cpu")) if (RESULTS / p).is_file()))
+    return _load(next(p for p in (f"{on}/{name}.json" for on in PLACES) if (RESULTS / p).is_file()))
 
 
 def signals() -> str:
