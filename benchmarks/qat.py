@@ -86,11 +86,12 @@ def load(args: argparse.Namespace) -> QATBench:
     data = args.data / "data"
     model, tokenizer = load_causal_lm(args.data / "models" / MODEL, dtype="auto", device="cpu")
     model = model.to(args.device, torch.float32).eval()
-    if args.tune:
+    texts = {}
+    if args.tune or args.and_tuning:
         file, most = TUNING
-        texts = {"tuning": windows(tokenizer, load_text(str(data / file))[:most], LENGTH, args.eval_windows, "tuning")}
-    else:
-        texts = {
+        texts["tuning"] = windows(tokenizer, load_text(str(data / file))[:most], LENGTH, args.eval_windows, "tuning")
+    if not args.tune:
+        texts |= {
             name: windows(tokenizer, load_text(str(data / file), skip_chars=skip), LENGTH, args.eval_windows, name)
             for name, (file, skip) in TEXTS.items()
         }
@@ -151,6 +152,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--specs", nargs="+", choices=list(SPECS), help=f"default {' '.join(DEFAULT_SPECS)}")
     parser.add_argument("--arms", nargs="+", help=f"default {' '.join(DEFAULT_ARMS)}; known {' '.join(QAT_ARMS)}")
     parser.add_argument("--tune", action="store_true", help="learning rates, measured on text of its own")
+    parser.add_argument("--and-tuning", action="store_true", help="measure the text of --tune beside the others")
     parser.add_argument(
         "--rates", type=Path, help="result of a --tune run: take the learning rates that were best there"
     )
