@@ -36,13 +36,13 @@ void attention_kv4(const Kv4Arguments& a, cudaStream_t stream) {
                 " KV heads of all of them");
     switch (a.bits) {
         case 2:
-            return attention_kv4_2bit(a, stream);
+            return a.dtype ? attention_kv4_2bit_fp16(a, stream) : attention_kv4_2bit_bf16(a, stream);
         case 3:
-            return attention_kv4_3bit(a, stream);
+            return a.dtype ? attention_kv4_3bit_fp16(a, stream) : attention_kv4_3bit_bf16(a, stream);
         case 4:
-            return attention_kv4_4bit(a, stream);
+            return a.dtype ? attention_kv4_4bit_fp16(a, stream) : attention_kv4_4bit_bf16(a, stream);
         case 8:
-            return attention_kv4_8bit(a, stream);
+            return a.dtype ? attention_kv4_8bit_fp16(a, stream) : attention_kv4_8bit_bf16(a, stream);
         default:
             throw std::invalid_argument("attention_kv4: pages of " + std::to_string(a.bits) +
                                         " bits; there are those of 2, 3, 4 and 8");

@@ -13,8 +13,9 @@
 //
 // of which each block takes a run, and of its part of a head each warp takes every kWarps-th unit, through its own ring
 // of stages that the copy engine (before sm_90 cp.async) fills: no barrier but at the end of a head. Runs end with
-// heads where that costs little and are equal shares otherwise, so ragged batches balance by themselves. Half a page is
-// a unit where there is so little work that every warp then has one.
+// heads where that costs little, each head then in equal shares, and are equal shares of everything otherwise, so
+// ragged batches balance by themselves. Half a page is a unit where there is so little work that every warp then has
+// one.
 //
 // **Products.** The cache is the A operand of mma.m16n8k16 and the G Tq query rows of a KV head are the columns of B,
 // so no row is wasted on missing heads: S^T [16 tokens, rows] = K Q^T, then O^T [D, rows] += V^T P^T, where a tile of
@@ -22,8 +23,9 @@
 //
 // **Codes.** A few instructions (csrc/kv4_codes.cuh) make codes numbers in fp16: 1024 + code of 8 bits, 1 + code / u of
 // fewer. K: (code - zero) scale = u scale (1 + code/u) - u scale (1 + zero/u), so u scale is folded into the query,
-// once a page, and the second term is one more row of A, whose negative is added to the scores. V: the code minus the
-// zero is one fused multiply-add, exact in fp16; the scale goes into P.
+// once a page, and the second term is one more row of A, whose negative is added to the scores. V likewise: V's scale
+// and u go into P (u as a power of 2 in the exponent), and what 1 + zero/u comes to in all is one more row, the same
+// for every channel, which is taken off the sums when they are next multiplied anyway.
 //
 // **Sliding window.** Units that no query sees are not in the list. **Sinks** join when the parts of a head are summed.
 //
@@ -45,7 +47,6 @@ namespace {
 
 constexpr float kNothing = -1e30f;  // a score that weighs nothing; finite, so that differences are numbers
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kPGain = 256.0f;        // keeps small probabilities times V's scales away from fp16's smallest numbers
 constexpr int64_t kCounters = 1 << 14;  // at the beginning of the workspace, one a (sequence, KV head)
 
 template <typename T>
@@ -64,8 +65,13 @@ struct Call {
     const float* sinks;    // by query head, or null
     float scale, softcap;  // softcap 0: none; scale includes log2(e) then, and 1 / softcap otherwise
     int batch, tokens, heads, kv_heads, prompt_tiles, page_capacity, ring_tiles;
+    int group;  // query heads a KV head
     int reach;  // each query token sees so many tokens up to its own
     bool early;
+    bool check_even;  // clusters are for sequences of about the same length only
+    __device__ int rows() const { return group * tokens; }
+    // The query token and the head of its group that a row is, without a division in the usual case.
+    __device__ int token(int row) const { return tokens == 1 ? 0 : row / group; }
 };
 
 template <typename T>
@@ -94,11 +100,16 @@ Call<T> call_of(const Kv4Arguments& a) {
                    static_cast<int>(a.prompt_tiles),
                    static_cast<int>(a.page_capacity),
                    static_cast<int>(a.ring_tiles),
+                   static_cast<int>(a.kv_heads ? a.heads / a.kv_heads : 0),
                    static_cast<int>(a.sliding_window ? a.sliding_window : 1 << 30),
-                   a.early};
+                   a.early,
+                   false};
 }
 
 template <int D, int NT, int BITS>
+constexpr int kUsualWarps = D > 128 && (NT > 1 || BITS > 4) ? 4 : 8;
+
+template <int D, int NT, int BITS, int WARPS = kUsualWarps<D, NT, BITS>>
 struct Shape {
     static constexpr int kRows = 8 * NT, kPieces = D / 16;
     // What is fetched at once is half a unit: K, then V.
@@ -106,9 +117,11 @@ struct Shape {
                          kVBytes = kCodeBytes + 4 * kPageTokens;
     static constexpr int kTileBytes = 32 * D, kStageBytes = std::max({kKBytes, kVBytes, kTileBytes});
     static constexpr int kStages = kStageBytes >= 3072 ? 2 : 4;
-    static constexpr int kWarps = D > 128 && (NT > 1 || BITS > 4) ? 4 : 8;
+    static constexpr int kWarps = WARPS;
     // On a multiprocessor, so that the next call fits beside.
-    static constexpr int kBlocks = NT == 1 && D <= 128 && BITS <= 4 ? 2 : 1;
+    static constexpr int kBlocks = NT == 1 && D <= 128 && BITS <= 4 && WARPS <= 8 ? 2 : 1;
+    // Clusters for many heads, of the usual sizes only: they take long to compile.
+    static constexpr bool kCanCheck = NT == 1 && (D == 64 || D == 128) && BITS <= 4;
     static constexpr int kThreads = 32 * kWarps, kHalf = kWarps / 2;
     // Whether a page can be two units: never, where there is little work, always (many rows need many registers).
     static constexpr int kHalves = Codes<BITS>::kSpan > 2 ? 0 : NT * kPieces >= 20 ? 2 : 1;
@@ -117,10 +130,12 @@ struct Shape {
         kRows * (D + 2);  // floats that a block leaves of a head: the output, then maximum and sum
 };
 
-template <typename T, int D, int NT, int BITS>
+template <typename T, int D, int NT, int BITS, int WARPS = kUsualWarps<D, NT, BITS>>
 struct Shared {
-    using S = Shape<D, NT, BITS>;
+    using S = Shape<D, NT, BITS, WARPS>;
+    static constexpr bool kOneHead = false;
     alignas(16) unsigned char ring[S::kWarps][S::kStages][S::kStageBytes];
+    __device__ unsigned char* stage(int warp, int at) { return ring[warp][at]; }
     uint2 q[NT][S::kPieces][32];        // B fragments in T
     uint2 q_codes[NT][S::kPieces][32];  // in fp16, times scale, and 16 scale
     union alignas(16) {
@@ -134,21 +149,21 @@ struct Shared {
     bool last;
 };
 
-template <typename T, int D, int NT, int BITS>
+template <typename T, int D, int NT, int BITS, typename Memory = Shared<T, D, NT, BITS>>
 struct Warp {
-    using S = Shape<D, NT, BITS>;
-    using Memory = Shared<T, D, NT, BITS>;
+    using S = typename Memory::S;
     const Call<T>& call;
     Memory& shared;
     int lane, g, t;
     float most[NT][2], total[NT][2];  // of rows 8 n + 2 t and 8 n + 2 t + 1
-    float sums[NT][S::kPieces][4];    // channels g and g + 8 of a piece, for the two rows
+    float sums[NT][S::kPieces][4];    // channels g and g + 8 of a piece, for the two rows, times C::kPGain
+    float offset[NT][2];              // still to be added to each channel of `sums`
 
     __device__ void reset() {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             most[n][0] = most[n][1] = kNothing;
-            total[n][0] = total[n][1] = 0.0f;
+            total[n][0] = total[n][1] = offset[n][0] = offset[n][1] = 0.0f;
 #pragma unroll
             for (int i = 0; i < S::kPieces; ++i) {
 #pragma unroll
@@ -157,46 +172,72 @@ struct Warp {
         }
     }
 
-    // The next half unit, K or V, to a stage.
-    __device__ void fetch(int warp, int stage) const {
+    // The units that `ahead` takes next: how many one after the other, whole pages only, or one, or none.
+    __device__ __forceinline__ int find_units(Ahead& ahead) const {
+        if constexpr (Memory::kOneHead) {
+            if (ahead.unit >= ahead.walk.stop) return 0;
+        } else {
+            while (ahead.more && ahead.unit >= ahead.walk.stop) {
+                ahead.more = ahead.walk.next(shared.list);
+                ahead.unit = ahead.walk.from + ahead.first;
+            }
+            if (!ahead.more) return 0;
+        }
+        const Segments s = shared.list.of(ahead.walk.b);
+        const int halves = S::kHalves ? shared.list.halves : 0, step = ahead.step;
+        const int64_t b = ahead.walk.b, head = ahead.walk.head, of_all = b * call.kv_heads + head;
+        const int unit = ahead.unit + s.skip, body = unit - s.prompt_tiles(), late = body - (s.pages << halves);
+        int count = 1;
+        if (body >= 0 && late < 0) {
+            ahead.from = call.pages + (of_all * call.page_capacity + (body >> halves)) * (S::kKBytes + S::kVBytes);
+            ahead.kind = halves ? Ahead::kHalf + body % 2 : Ahead::kPage;
+            if (!halves) count = (min(ahead.walk.stop - ahead.unit, -late) + step - 1) / step;
+        } else {
+            const int tile = (kPageTokens / kTileTokens * s.pages + late) % call.ring_tiles;
+            const T* const tiles =
+                body < 0 ? call.prompt + b * call.prompt_batch + (head * call.prompt_tiles + unit) * (32 * D)
+                         : call.window + (of_all * call.ring_tiles + tile) * (32 * D);
+            ahead.from = reinterpret_cast<const unsigned char*>(tiles);
+            ahead.kind = Ahead::kTile;
+        }
+        ahead.unit += count * step;
+        return count;
+    }
+
+    // The next half unit to a stage: K to those of even number, V to the others.
+    __device__ __forceinline__ void fetch(int warp, int stage) const {
         // Two pieces of memory: of half a page its codes, and the numbers of the whole.
         const unsigned char *from = nullptr, *numbers = nullptr;
         int bytes = 0, to = 0, number_bytes = 0;
         if (lane == 0) {
             Ahead& ahead = shared.ahead[warp];
-            while (ahead.more && ahead.unit >= ahead.walk.stop) {
-                ahead.more = ahead.walk.next(shared.list);
-                ahead.unit = ahead.walk.from + warp;
-            }
-            if (ahead.more) {
-                const Segments s = shared.list.segments[ahead.walk.b];
-                const int halves = S::kHalves ? shared.list.halves : 0;
-                const int64_t b = ahead.walk.b, head = ahead.walk.head, of_all = b * call.kv_heads + head;
-                const int unit = ahead.unit + s.skip, body = unit - s.prompt_tiles(), late = body - (s.pages << halves);
-                const bool v = ahead.v;
-                if (body >= 0 && late < 0) {
-                    from = call.pages + (v ? S::kKBytes : 0) +
-                           (of_all * call.page_capacity + (body >> halves)) * (S::kKBytes + S::kVBytes);
+            const bool v = stage % 2;
+            int count = ahead.count;
+            if (!v && count == 0) ahead.count = count = find_units(ahead);
+            if (count) {
+                from = ahead.from;
+                if (v) {
+                    ahead.from =
+                        from + static_cast<int64_t>(ahead.step) * (S::kKBytes + S::kVBytes);  // if there is more
+                    ahead.count = count - 1;
+                }
+                const int kind = ahead.kind;
+                if (kind == Ahead::kTile) {
+                    from += v ? S::kTileBytes : 0;
+                    bytes = S::kTileBytes;
+                } else {
+                    from += v ? S::kKBytes : 0;
                     bytes = v ? S::kVBytes : S::kKBytes;
-                    if (halves) {
+                    if (S::kHalves && kind >= Ahead::kHalf) {
                         numbers = from + S::kCodeBytes;
                         number_bytes = bytes - S::kCodeBytes;
                         bytes = S::kCodeBytes / 2;
-                        to = body % 2 * bytes;
+                        to = (kind - Ahead::kHalf) * bytes;
                         from += to;
                     }
-                } else {
-                    const int tile = (kPageTokens / kTileTokens * s.pages + late) % call.ring_tiles;
-                    const T* tiles =
-                        body < 0 ? call.prompt + b * call.prompt_batch + (head * call.prompt_tiles + unit) * (32 * D)
-                                 : call.window + (of_all * call.ring_tiles + tile) * (32 * D);
-                    from = reinterpret_cast<const unsigned char*>(tiles) + (v ? S::kTileBytes : 0);
-                    bytes = S::kTileBytes;
                 }
-                if (v) ahead.unit += ahead.step;
-                ahead.v = !v;
 #if __CUDA_ARCH__ >= 900
-                unsigned char* const ring = shared.ring[warp][stage];
+                unsigned char* const ring = shared.stage(warp, stage);
                 ptx::barrier_expect(&shared.full[warp][stage], bytes + number_bytes);
                 ptx::copy_bulk(ring + to, from, bytes, &shared.full[warp][stage]);
                 if (number_bytes) {
@@ -213,7 +254,7 @@ struct Warp {
         from = of_first(from), numbers = of_first(numbers);
         bytes = __shfl_sync(0xffffffff, bytes, 0), to = __shfl_sync(0xffffffff, to, 0);
         number_bytes = __shfl_sync(0xffffffff, number_bytes, 0);
-        unsigned char* const ring = shared.ring[warp][stage];
+        unsigned char* const ring = shared.stage(warp, stage);
         for (int i = 16 * lane; i < bytes; i += 512) ptx::copy_async<16>(ring + to + i, from + i);
         for (int i = 16 * lane; i < number_bytes; i += 512) {
             ptx::copy_async<16>(ring + S::kCodeBytes + i, numbers + i);
@@ -222,37 +263,39 @@ struct Warp {
 #endif
     }
 
-    // The scores of BLOCKS x 16 tokens become weights P (times kPGain), the running maximum and sums follow.
+    // The numbers x of BLOCKS x 16 tokens, whose scores are `by` x + shift, become weights times `low` of the first 8
+    // tokens of a block and times `high` of the others; the running maximum and sums follow.
     template <int BLOCKS>
-    __device__ void soften(float (&score)[NT][BLOCKS][4], int position, int limit, int valid) {
+    __device__ __forceinline__ void soften(float (&score)[NT][BLOCKS][4], float by, float (&shift)[NT][2], Power low,
+                                           Power high, int position, int limit, int valid) {
         if (call.softcap > 0.0f) {
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
 #pragma unroll
                 for (int b = 0; b < BLOCKS; ++b) {
 #pragma unroll
-                    for (int e = 0; e < 4; ++e) score[n][b][e] = call.softcap * tanhf(score[n][b][e]);
+                    for (int e = 0; e < 4; ++e) {
+                        score[n][b][e] = call.softcap / by * tanhf(by * score[n][b][e] + shift[n][e % 2]);
+                    }
                 }
+                shift[n][0] = shift[n][1] = 0.0f;
             }
         }
         // Not every row attends to every token of the unit: its end, or tokens newer than a query or too old for it.
         if (position + 16 * BLOCKS > min(limit - call.tokens + 1, valid) || position < limit - call.reach) {
-            const int group = call.heads / call.kv_heads;
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    const int query = limit - call.tokens + (8 * n + 2 * t + e % 2) / group;
+                    const int query = limit - call.tokens + call.token(8 * n + 2 * t + e % 2);
 #pragma unroll
                     for (int b = 0; b < BLOCKS; ++b) {
                         const int at = position + 16 * b + g + e / 2 * 8;
-                        if (at > query || at <= query - call.reach || at >= valid) score[n][b][e] = kNothing;
+                        if (at > query || at <= query - call.reach || at >= valid) score[n][b][e] = kNothing / by;
                     }
                 }
             }
         }
-        float shrink[NT][2];
-        bool moved = false;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -264,28 +307,25 @@ struct Warp {
                 for (int other = 4; other < 32; other *= 2) {
                     highest = fmaxf(highest, __shfl_xor_sync(0xffffffff, highest, other));
                 }
-                highest = fmaxf(highest, most[n][h]);
-                shrink[n][h] = ptx::exp2_approx(most[n][h] - highest);
-                moved |= highest > most[n][h];
+                highest = fmaxf(by * highest + shift[n][h], most[n][h]);
+                const float shrink = ptx::exp2_approx(most[n][h] - highest);
                 most[n][h] = highest;
-                float sum = 0.0f;
+                const float add_low = shift[n][h] - highest + low.log2, add_high = shift[n][h] - highest + high.log2;
+                float sum_low = 0.0f, sum_high = 0.0f;
 #pragma unroll
                 for (int b = 0; b < BLOCKS; ++b) {
-                    score[n][b][h] = ptx::exp2_approx(score[n][b][h] - highest);
-                    score[n][b][h + 2] = ptx::exp2_approx(score[n][b][h + 2] - highest);
-                    sum += score[n][b][h] + score[n][b][h + 2];
+                    score[n][b][h] = ptx::exp2_approx(by * score[n][b][h] + add_low);
+                    score[n][b][h + 2] = ptx::exp2_approx(by * score[n][b][h + 2] + add_high);
+                    sum_low += score[n][b][h], sum_high += score[n][b][h + 2];
                 }
-                total[n][h] = total[n][h] * shrink[n][h] + sum;
-            }
-        }
-        if (__any_sync(0xffffffff, moved)) {
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
+                total[n][h] = total[n][h] * shrink + (sum_low * (1 / low.value) + sum_high * (1 / high.value));
+                offset[n][h] *= shrink;
 #pragma unroll
                 for (int i = 0; i < S::kPieces; ++i) {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sums[n][i][e] *= shrink[n][e % 2];
+                    sums[n][i][h] = shrink * sums[n][i][h] + offset[n][h];
+                    sums[n][i][h + 2] = shrink * sums[n][i][h + 2] + offset[n][h];
                 }
+                offset[n][h] = 0.0f;
             }
         }
     }
@@ -293,7 +333,10 @@ struct Warp {
     // A tile of 16 tokens; `next` gives its V, once K is read.
     template <typename F>
     __device__ void tile(const unsigned char* memory, F&& next, int position, int limit, int valid) {
-        float score[NT][1][4] = {};
+        // Two sums where there are few, so that fewer products wait for the one before.
+        constexpr int kSums = NT == 1 ? 2 : 1;
+        float partial[kSums][NT][1][4] = {};
+        auto& score = partial[0];
         const auto* k = reinterpret_cast<const uint4*>(memory) + lane;
 #pragma unroll
         for (int j = 0; j < S::kPieces; ++j) {
@@ -302,22 +345,27 @@ struct Warp {
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
                 const uint2 q = shared.q[n][j][lane];
-                ptx::mma_m16n8k16(score[n][0], a, {q.x, q.y}, T{});
+                ptx::mma_m16n8k16(partial[j % kSums][n][0], a, {q.x, q.y}, T{});
             }
         }
         const auto* v = reinterpret_cast<const uint4*>(next()) + lane;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) score[n][0][e] *= call.scale;
+            for (int e = 0; e < 4; ++e) {
+                if constexpr (kSums > 1) score[n][0][e] += partial[1][n][0][e];
+                score[n][0][e] *= call.scale;
+            }
         }
-        soften(score, position, limit, valid);
+        float shift[NT][2] = {};
+        constexpr Power kGain(Codes<BITS>::kPGain);
+        soften(score, 1.0f, shift, kGain, kGain, position, limit, valid);
         uint32_t p[NT][2];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                p[n][h] = ptx::transpose8(pack2(kPGain * score[n][0][2 * h], kPGain * score[n][0][2 * h + 1], T{}));
+                p[n][h] = ptx::transpose8(pack2(score[n][0][2 * h], score[n][0][2 * h + 1], T{}));
             }
         }
         uint32_t keep[2] = {0xffffffff, 0xffffffff};  // what lies past the end may be anything, NaN too
@@ -344,7 +392,10 @@ struct Warp {
         const __half* k_zero = k_scale + D;
         const uint32_t minus_near = both(-1 / C::kNearBy), minus_far = both(-1 / C::kFarBy);
 
-        float score[NT][BLOCKS][4] = {}, shift[NT][4] = {};
+        // Two sums where there are few, so that fewer products wait for the one before.
+        constexpr int kSums = NT * BLOCKS < 4 ? 2 : 1;
+        float partial[kSums][NT][BLOCKS][4] = {}, shift[NT][4] = {};
+        auto& score = partial[0];
         const auto scores = [&](auto first_piece, auto count) {
             constexpr int kFirst = decltype(first_piece)::value, kCount = decltype(count)::value;
             typename C::template Words<kCount> words[BLOCKS / C::kSpan];
@@ -372,42 +423,47 @@ struct Warp {
                     uint32_t a[4];
                     codes.expand(a, words[b / C::kSpan], r, b);
 #pragma unroll
-                    for (int n = 0; n < NT; ++n) ptx::mma_m16n8k16(score[n][b], a, q[n], __half{});
+                    for (int n = 0; n < NT; ++n) ptx::mma_m16n8k16(partial[j % kSums][n][b], a, q[n], __half{});
                 }
             }
         };
         each_chunk(scores);
         const unsigned char* const values = next();
+        float add[NT][2];
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
+        for (int n = 0; n < NT; ++n) add[n][0] = C::kGain * shift[n][0], add[n][1] = C::kGain * shift[n][1];
+        if constexpr (kSums > 1) {
 #pragma unroll
-            for (int b = 0; b < BLOCKS; ++b) {
+            for (int n = 0; n < NT; ++n) {
 #pragma unroll
-                for (int e = 0; e < 4; ++e) score[n][b][e] = C::kGain * score[n][b][e] + C::kGain * shift[n][e];
+                for (int b = 0; b < BLOCKS; ++b) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) score[n][b][e] += partial[1][n][b][e];
+                }
             }
         }
-        soften(score, position, limit, position + 16 * BLOCKS);
+        constexpr Power kLow(C::kPGain * C::kNearBy), kHigh(C::kPGain * C::kFarBy);
+        soften(score, C::kGain, add, kLow, kHigh, position, limit, position + 16 * BLOCKS);
 
-        const auto* v_scale = reinterpret_cast<const __half*>(values + S::kCodeBytes) + half * (kPageTokens / 2);
-        const __half* v_zero = v_scale + kPageTokens;
-        const uint32_t minus_one = both(-1.0f);
+        const auto* v_scale = reinterpret_cast<const uint32_t*>(values + S::kCodeBytes) + half * (kPageTokens / 4) + t;
+        const uint32_t* v_zero = v_scale + kPageTokens / 2;
+        float minus[NT][4] = {};
 #pragma unroll
         for (int first = 0; first < BLOCKS; first += C::kSpan) {
-            uint32_t p[C::kSpan][NT][2], near[C::kSpan], far[C::kSpan];
+            uint32_t p[C::kSpan][NT][2];
 #pragma unroll
             for (int i = 0; i < C::kSpan; ++i) {
                 const int b = first + i;
-                const float low = kPGain * __half2float(v_scale[16 * b + g]);
-                const float high = kPGain * __half2float(v_scale[16 * b + g + 8]);
+                // of tokens 2t, 2t + 1, and of 2t + 8, 2t + 9
+                const uint32_t low = v_scale[8 * b], high = v_scale[8 * b + 4];
+                const uint32_t near = fma2(v_zero[8 * b], minus_near, both(-C::kNear / C::kNearBy));
+                const uint32_t far = fma2(v_zero[8 * b + 4], minus_far, both(-C::kFar / C::kFarBy));
 #pragma unroll
                 for (int n = 0; n < NT; ++n) {
-                    p[i][n][0] = ptx::transpose8(pack2(low * score[n][b][0], low * score[n][b][1], __half{}));
-                    p[i][n][1] = ptx::transpose8(pack2(high * score[n][b][2], high * score[n][b][3], __half{}));
+                    p[i][n][0] = mul2(ptx::transpose8(pack2(score[n][b][0], score[n][b][1], __half{})), low);
+                    p[i][n][1] = mul2(ptx::transpose8(pack2(score[n][b][2], score[n][b][3], __half{})), high);
+                    ptx::mma_m16n8k16(minus[n], {near, near, far, far}, p[i][n], __half{});
                 }
-                // minus offset and zero of tokens 2t, 2t + 1, and of 2t + 8, 2t + 9
-                const auto* zeros = reinterpret_cast<const uint32_t*>(v_zero + 16 * b + 2 * t);
-                near[i] = fma2(zeros[0], minus_one, both(-C::kNear));
-                far[i] = fma2(zeros[4], minus_one, both(-C::kFar));
             }
             const auto output = [&](auto first_piece, auto count) {
                 constexpr int kFirst = decltype(first_piece)::value, kCount = decltype(count)::value;
@@ -420,16 +476,15 @@ struct Warp {
                         uint32_t a[4];
                         codes.expand(a, words, r, first + i);
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            a[e] = e < 2 ? fma2(a[e], both(C::kNearBy), near[i]) : fma2(a[e], both(C::kFarBy), far[i]);
-                        }
-#pragma unroll
                         for (int n = 0; n < NT; ++n) ptx::mma_m16n8k16(sums[n][kFirst + r], a, p[i][n], __half{});
                     }
                 }
             };
             each_chunk(output);
         }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) offset[n][0] = minus[n][0], offset[n][1] = minus[n][1];
+        if constexpr (NT == 4) add_offset();  // registers are short: not kept until the next unit
     }
 
     // The pieces of a head as many at a time as lie together, then what is left.
@@ -440,30 +495,30 @@ struct Warp {
         if constexpr (FIRST + kCount < S::kPieces) each_chunk<FIRST + kCount>(f);
     }
 
-    // Units `unit`, + step, ... of the head of `walk`.
+    // Units `unit`, + step, ... of the head of `walk`; `stage` is the next one of K, of even number.
     __device__ __forceinline__ void work(int warp, const Walk& walk, int unit, int step, int& stage, uint32_t& parity,
                                          const Codes<BITS>& codes) {
         for (; unit < walk.stop; unit += step) {
-            const auto arrived = [&] {
+            const int k = S::kStages == 2 ? 0 : stage;
+            const auto arrived = [&](int at) {
 #if __CUDA_ARCH__ >= 900
-                ptx::barrier_wait(&shared.full[warp][stage], parity);
+                ptx::barrier_wait(&shared.full[warp][at], parity);
 #else
                 ptx::copy_async_wait<S::kStages - 1>();
                 __syncwarp();
 #endif
-                return shared.ring[warp][stage];
+                return shared.stage(warp, at);
             };
-            const auto done = [&] {  // the stage is read by all lanes
+            const auto done = [&](int at) {  // the stage is read by all lanes
                 __syncwarp();
-                fetch(warp, stage);
-                if (++stage == S::kStages) stage = 0, parity ^= 1;
+                fetch(warp, at);
             };
-            const unsigned char* const keys = arrived();
+            const unsigned char* const keys = arrived(k);
             const auto next = [&] {
-                done();
-                return arrived();
+                done(k);
+                return arrived(k + 1);
             };
-            const Segments of = shared.list.segments[walk.b];
+            const Segments of = shared.list.of(walk.b);
             const int halves = S::kHalves ? shared.list.halves : 0;
             const int at = unit + of.skip, body = at - of.prompt_tiles(), late = body - (of.pages << halves);
             if (body >= 0 && late < 0) {
@@ -477,13 +532,30 @@ struct Warp {
                 const int position = body < 0 ? kTileTokens * at : of.window_start() + kTileTokens * late;
                 tile(keys, next, position, of.length, body < 0 ? of.prompt : of.length);
             }
-            done();
+            done(k + 1);
+            stage += 2;
+            if (S::kStages == 2 || stage == S::kStages) stage = 0, parity ^= 1;
         }
     }
 
-    // The upper half of the warps hand their registers to the lower half, which leave what they have then by rows. All
-    // warps call it; it ends with a barrier.
-    __device__ void meet(int warp) {
+    __device__ __forceinline__ void add_offset() {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+#pragma unroll
+                for (int i = 0; i < S::kPieces; ++i) {
+                    sums[n][i][h] += offset[n][h];
+                    sums[n][i][h + 2] += offset[n][h];
+                }
+                offset[n][h] = 0.0f;
+            }
+        }
+    }
+
+    // After the last unit.
+    __device__ void finish() {
+        add_offset();
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -494,6 +566,24 @@ struct Warp {
                 }
             }
         }
+    }
+
+    // By rows to `to`.
+    __device__ void leave(float (*to)[S::kSumRow]) const {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int i = 0; i < S::kPieces; ++i) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) to[8 * n + 2 * t + e % 2][16 * i + g + e / 2 * 8] = sums[n][i][e];
+            }
+        }
+    }
+
+    // The upper half of the warps hand their registers to the lower half, which leave what they have then by rows. All
+    // warps call it; it ends with a barrier.
+    __device__ void meet(int warp) {
+        finish();
         if (warp >= S::kHalf) {
             keep(warp);
 #pragma unroll
@@ -530,16 +620,7 @@ struct Warp {
             }
             __syncwarp();
             keep(warp);
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-#pragma unroll
-                for (int i = 0; i < S::kPieces; ++i) {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) {
-                        shared.meet[warp].sums[8 * n + 2 * t + e % 2][16 * i + g + e / 2 * 8] = sums[n][i][e];
-                    }
-                }
-            }
+            leave(shared.meet[warp].sums);
         }
         __syncthreads();
     }
@@ -562,14 +643,15 @@ __device__ __forceinline__ void add(float4& sum, float factor, const float4& v) 
 }
 
 // Output of a row from the sum of its weighted values, the sum of weights and the largest score.
-template <typename T, int D>
+template <typename T, int D, int BITS>
 __device__ __forceinline__ void write_out(const Call<T>& call, int b, int head, int row, int d, const float4& sum,
                                           float weight, float most) {
-    const int group = call.heads / call.kv_heads;
-    const int64_t to = (static_cast<int64_t>(b) * call.tokens + row / group) * call.heads + head * group + row % group;
+    const int token = call.token(row), of_heads = (head - token) * call.group + row;
+    const int64_t to = (static_cast<int64_t>(b) * call.tokens + token) * call.heads + of_heads;
+    constexpr float kPGain = Codes<BITS>::kPGain;
     float by = kPGain * weight;
     if (call.sinks && weight > 0.0f) {  // one more exponential
-        const float sink = call.sinks[head * group + row % group] * kLog2e, highest = fmaxf(most, sink);
+        const float sink = call.sinks[of_heads] * kLog2e, highest = fmaxf(most, sink);
         const float shrink = ptx::exp2_approx(most - highest);
         weight = shrink * weight + ptx::exp2_approx(sink - highest);
         by = shrink / (kPGain * weight);
@@ -584,12 +666,12 @@ __device__ __forceinline__ void write_out(const Call<T>& call, int b, int head, 
 
 // The parts of `count` blocks from `first_block` on, added up by the last of them to arrive; the first block's part
 // lies `skip` further. A function of its own, so that its registers are not those of the loop over units.
-template <typename T, int D, int NT, int BITS>
-__device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>& shared, int first_block, int count,
-                                    int64_t skip, int b, int head) {
-    using S = Shape<D, NT, BITS>;
+template <typename T, int D, int NT, int BITS, int WARPS>
+__device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS, WARPS>& shared, int first_block,
+                                    int count, int64_t skip, int b, int head) {
+    using S = Shape<D, NT, BITS, WARPS>;
     constexpr int kThreads = S::kThreads;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = call.heads / call.kv_heads * call.tokens;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = call.rows();
     const auto part_of = [&](int other) {
         return call.parts + static_cast<int64_t>(first_block + other) * 2 * S::kPart + (other ? 0 : skip);
     };
@@ -650,14 +732,14 @@ __device__ __noinline__ void add_up(const Call<T>& call, Shared<T, D, NT, BITS>&
             sum.w += __shfl_xor_sync(0xffffffff, sum.w, by);
         }
         if (way == 0 && i < items)
-            write_out<T, D>(call, b, head, row, d, sum, shared.total[0][row], shared.most[0][row]);
+            write_out<T, D, BITS>(call, b, head, row, d, sum, shared.total[0][row], shared.most[0][row]);
     }
 }
 
 // Four channels of a row, summed over what meet() left of the warps, with its largest score and the sum of weights.
-template <int D, int NT, int BITS, typename M>
+template <typename M>
 __device__ __forceinline__ float2 sum_block(const M& shared, int row, int d, float4& sum) {
-    using S = Shape<D, NT, BITS>;
+    using S = typename M::S;
     float highest = shared.most[0][row], weight = 0.0f;
 #pragma unroll
     for (int w = 1; w < S::kHalf; ++w) highest = fmaxf(highest, shared.most[w][row]);
@@ -671,19 +753,30 @@ __device__ __forceinline__ float2 sum_block(const M& shared, int row, int d, flo
     return make_float2(highest, weight);
 }
 
-// The queries of one KV head as B fragments; by all threads.
-template <typename T, int D, int NT, int BITS>
-__device__ __forceinline__ void load_queries(const Call<T>& call, Shared<T, D, NT, BITS>& shared, int b, int head) {
-    using S = Shape<D, NT, BITS>;
+// The queries of one KV head as B fragments, once `ready` has been called; by all threads.
+template <typename T, int D, int NT, int BITS, typename M, typename F>
+__device__ __forceinline__ void load_queries(const Call<T>& call, M& shared, int b, int head, F&& ready) {
+    using S = typename M::S;
     using C = Codes<BITS>;
-    constexpr int kThreads = S::kThreads;
-    const int group = call.heads / call.kv_heads, rows = group * call.tokens;
-    for (int i = threadIdx.x; i < NT * S::kPieces * 32; i += kThreads) {
-        const int l = i % 32, j = i / 32 % S::kPieces, n = i / (32 * S::kPieces), row = 8 * n + l / 4;
+    constexpr int kItems = NT * S::kPieces * 32, kEach = (kItems + S::kThreads - 1) / S::kThreads;
+    const auto place = [&](int e) {
+        const int i = threadIdx.x + e * S::kThreads, l = i % 32, j = i / 32 % S::kPieces;
+        const int row = 8 * (i / (32 * S::kPieces)) + l / 4, token = call.token(row);
+        const int of_heads = (head - token) * call.group + row;
+        return row < call.rows() ? call.q + b * call.q_batch + token * call.q_token +
+                                       static_cast<int64_t>(of_heads) * D + 16 * j + 2 * (l % 4)
+                                 : nullptr;
+    };
+    const T* const first = place(0);
+    ready();
+#pragma unroll(kEach > 2 ? 1 : kEach)  // many addresses would have to be kept
+    for (int e = 0; e < kEach; ++e) {
+        const int i = threadIdx.x + e * S::kThreads;
+        if (kItems % S::kThreads && i >= kItems) break;
+        const int l = i % 32, j = i / 32 % S::kPieces, n = i / (32 * S::kPieces);
+        const T* const from = e ? place(e) : first;
         uint32_t v[2] = {};
-        if (row < rows) {
-            const T* from = call.q + b * call.q_batch + row / group * call.q_token +
-                            static_cast<int64_t>(head * group + row % group) * D + 16 * j + 2 * (l % 4);
+        if (from) {
             v[0] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from)));
             v[1] = static_cast<uint32_t>(ptx::load_int(reinterpret_cast<const int*>(from + 8)));
         }
@@ -695,17 +788,13 @@ __device__ __forceinline__ void load_queries(const Call<T>& call, Shared<T, D, N
     }
 }
 
-template <typename T, int D, int NT, int BITS>
-__global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BITS>::kBlocks)
-    attention_kv4_kernel(const __grid_constant__ Call<T> call) {
-    using S = Shape<D, NT, BITS>;
-    using C = Codes<BITS>;
+// The whole list of units over all blocks, by all threads.
+template <typename T, int D, int NT, int BITS, int WARPS>
+__device__ __forceinline__ void attend_list(const Call<T>& call, Shared<T, D, NT, BITS, WARPS>& shared) {
+    using S = Shape<D, NT, BITS, WARPS>;
     constexpr int kThreads = S::kThreads;
-    extern __shared__ __align__(16) unsigned char memory[];
-    auto& shared = *reinterpret_cast<Shared<T, D, NT, BITS>*>(memory);
-    ptx::launch_dependents();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const int group = call.heads / call.kv_heads, rows = group * call.tokens;
+    const int rows = call.rows();
     if (!call.early) ptx::wait_for_predecessor();
 
     for (int b = threadIdx.x; b < call.batch; b += kThreads) {
@@ -733,10 +822,10 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     if (block >= blocks) return;
     const int begin = run_begin(block, blocks, units), end = run_begin(block + 1, blocks, units);
 
-    Warp<T, D, NT, BITS> mine{call, shared, lane, lane / 4, lane % 4};
+    Warp<T, D, NT, BITS, Shared<T, D, NT, BITS, WARPS>> mine{call, shared, lane, lane / 4, lane % 4};
     Walk walk;
     walk.start(shared.list, begin, end, call.batch);
-    if (lane == 0) shared.ahead[warp] = {walk, walk.from + warp, S::kWarps, true, false};
+    if (lane == 0) shared.ahead[warp] = {walk, warp, walk.from + warp, S::kWarps, 0, 0, true, nullptr};
 #if __CUDA_ARCH__ >= 900
     if (lane == 0) {
         for (int i = 0; i < S::kStages; ++i) ptx::barrier_init(&shared.full[warp][i], 1);
@@ -745,14 +834,15 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
     __syncwarp();
 #endif
     for (int stage = 0; stage < S::kStages; ++stage) mine.fetch(warp, stage);
-    if (call.early) ptx::wait_for_predecessor();
 
     const Codes<BITS> codes;
     int stage = 0;
     uint32_t parity = 0;
     bool again;
     do {
-        load_queries<T, D, NT, BITS>(call, shared, walk.b, walk.head);
+        load_queries<T, D, NT, BITS>(call, shared, walk.b, walk.head, [&] {
+            if (call.early) ptx::wait_for_predecessor();
+        });
         __syncthreads();
 
         mine.reset();
@@ -763,14 +853,14 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
         // a part of another head too.
         const int head_units = shared.list.units(shared.list.segments[walk.b]);
         const int head_begin = (walk.b ? shared.list.ends[walk.b - 1] : 0) + walk.head * head_units;
-        const bool whole = walk.from == 0 && walk.to == head_units;
+        const bool whole = walk.from == 0 && walk.to == shared.list.segments[walk.b].units(shared.list.halves);
         float* const part = call.parts + (static_cast<int64_t>(block) * 2 + (begin >= head_begin ? 0 : 1)) * S::kPart;
         for (int i = threadIdx.x; i < rows * (D / 4); i += kThreads) {
             const int row = i / (D / 4), d = i % (D / 4) * 4;
             float4 sum;
-            const float2 of = sum_block<D, NT, BITS>(shared, row, d, sum);
+            const float2 of = sum_block(shared, row, d, sum);
             if (whole) {
-                write_out<T, D>(call, walk.b, walk.head, row, d, sum, of.y, of.x);
+                write_out<T, D, BITS>(call, walk.b, walk.head, row, d, sum, of.y, of.x);
             } else {
                 *reinterpret_cast<float4*>(part + row * D + d) = sum;
                 if (d == 0) *reinterpret_cast<float2*>(part + S::kRows * D + 2 * row) = of;
@@ -788,13 +878,21 @@ __global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BIT
             __syncthreads();
             if (shared.last) {
                 const int64_t skip = run_begin(first_block, blocks, units) >= head_begin ? 0 : S::kPart;
-                add_up<T, D, NT, BITS>(call, shared, first_block, last_block - first_block + 1, skip, walk.b,
-                                       walk.head);
+                add_up<T, D, NT, BITS, WARPS>(call, shared, first_block, last_block - first_block + 1, skip, walk.b,
+                                              walk.head);
             }
         }
         again = walk.next(shared.list);
         __syncthreads();  // q and the sums are read
     } while (again);
+}
+
+template <typename T, int D, int NT, int BITS>
+__global__ void __launch_bounds__(Shape<D, NT, BITS>::kThreads, Shape<D, NT, BITS>::kBlocks)
+    attention_kv4_kernel(const __grid_constant__ Call<T> call) {
+    extern __shared__ __align__(16) unsigned char memory[];
+    ptx::launch_dependents();
+    attend_list(call, *reinterpret_cast<Shared<T, D, NT, BITS>*>(memory));
 }
 
 }  // namespace

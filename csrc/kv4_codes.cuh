@@ -26,6 +26,15 @@ __device__ __forceinline__ uint32_t both(float v) {
     return reinterpret_cast<const uint32_t&>(r);
 }
 
+// A power of 2.
+struct Power {
+    float value, log2;
+    __device__ constexpr explicit Power(float v) : value(v), log2(0.0f) {
+        for (; v > 1.0f; v /= 2.0f) log2 += 1.0f;
+        for (; v < 1.0f; v *= 2.0f) log2 -= 1.0f;
+    }
+};
+
 // N words of each lane, as they lie: [32 lanes][N].
 template <int N>
 __device__ __forceinline__ void load_words(uint32_t (&w)[4], const unsigned char* from, int lane) {
@@ -52,7 +61,8 @@ struct Masks {
 };
 
 // A code is number * kNearBy - kNear in registers 0 and 1 of a fragment, number * kFarBy - kFar in the others. kGain is
-// what scores are multiplied by in the end: it keeps queries times K's scales in the middle of fp16. Words<COUNT> are
+// what scores are multiplied by in the end: it keeps queries times K's scales in the middle of fp16. kPGain is what
+// weights are multiplied by, so that kFarBy times that, times V's scales, ends where fp16 ends. Words<COUNT> are
 // those of a lane for COUNT pieces from FIRST on, of kSpan blocks of 16 tokens; pieces lie kGroup at a time.
 template <int BITS>
 struct Codes;
@@ -60,7 +70,7 @@ struct Codes;
 template <>
 struct Codes<8> {
     static constexpr int kGroup = 2, kSpan = 1;
-    static constexpr float kNearBy = 1, kFarBy = 1, kNear = 1024, kFar = 1024, kGain = 1.0f / 16;
+    static constexpr float kNearBy = 1, kFarBy = 1, kNear = 1024, kFar = 1024, kGain = 1.0f / 16, kPGain = 256 / kFarBy;
     template <int COUNT>
     struct Words {
         uint32_t w[4];
@@ -79,7 +89,7 @@ struct Codes<8> {
 template <>
 struct Codes<4> : Masks<0x03C0, 0x003C> {
     static constexpr int kGroup = 4, kSpan = 1;
-    static constexpr float kNearBy = 16, kFarBy = 256, kNear = 16, kFar = 256, kGain = 16;
+    static constexpr float kNearBy = 16, kFarBy = 256, kNear = 16, kFar = 256, kGain = 16, kPGain = 256 / kFarBy;
     template <int COUNT>
     struct Words {
         uint32_t w[4];
@@ -101,7 +111,7 @@ struct Codes<4> : Masks<0x03C0, 0x003C> {
 template <>
 struct Codes<2> : Masks<0x0180, 0x0060> {
     static constexpr int kGroup = 4, kSpan = 2;
-    static constexpr float kNearBy = 8, kFarBy = 32, kNear = 8, kFar = 32, kGain = 8;
+    static constexpr float kNearBy = 8, kFarBy = 32, kNear = 8, kFar = 32, kGain = 8, kPGain = 256 / kFarBy;
     template <int COUNT>
     struct Words {
         uint32_t w[4];

@@ -48,6 +48,7 @@ struct List {
     int halves;  // whether a page is two units
     int run;     // what the units of a head are rounded up to; 1: blocks take equal shares, whatever head
     int runs[32];
+    __device__ const Segments& of(int b) const { return segments[b]; }
     __device__ int units(const Segments& s) const { return (s.units(halves) + run - 1) / run * run; }
 
     // Blocks for every head, where each takes `length` units of one; by a warp.
@@ -71,7 +72,7 @@ struct List {
         }
         const int all = blocks_of(1, halve, lane, batch, kv_heads);
         int length = (all + blocks - 1) / blocks;
-        length += length * (8 / WARPS * warp) / 64;
+        length += length * (8 * warp / WARPS) / 64;
         if (length < 8 * WARPS) length = max(1, (length + WARPS - 1) / WARPS) * WARPS;  // warps of a block go in step
         const int wanted = blocks_of(length, halve, lane, batch, kv_heads);
         if (lane == 0) runs[warp] = wanted <= blocks ? length : 0;
@@ -102,6 +103,13 @@ struct List {
     }
 };
 
+// Where a block works on one head only.
+struct OneList {
+    Segments segments;
+    int halves;
+    __device__ const Segments& of(int) const { return segments; }
+};
+
 // A walk over the run [at, end) of all units, head by head: the units [from, to) of one head, padding from `stop` on.
 struct Walk {
     int at, end, b, head, from, to, stop;
@@ -124,7 +132,13 @@ struct Walk {
         const int units = list.units(list.segments[b]), within = at - (b ? list.ends[b - 1] : 0);
         head = within / units;
         from = within - head * units;
-        cut(list, units);
+        if (list.run > 1) {  // equal shares for the blocks of this head, which pad it to whole runs
+            const int own = list.segments[b].units(list.halves), blocks = units / list.run, block = from / list.run;
+            from = block * own / blocks;
+            to = stop = (block + 1) * own / blocks;
+        } else {
+            cut(list, units);
+        }
     }
     __device__ void cut(const List& list, int units) {
         to = min(units, from + end - at);
@@ -132,7 +146,7 @@ struct Walk {
     }
     // To the next head; false after the last.
     __device__ bool next(const List& list) {
-        at += to - from;
+        at += list.run > 1 ? list.run : to - from;
         if (at >= end) return false;
         if (at >= list.ends[b]) {
             do ++b;
@@ -150,9 +164,12 @@ struct Walk {
 // What a warp fetches next, kStages halves ahead of what it works on. One lane keeps it, in shared memory: registers
 // are what limits the warps on a multiprocessor.
 struct Ahead {
+    static constexpr int kPage = 0, kTile = 1, kHalf = 2;  // and 3 the second half
     Walk walk;
-    int unit, step;
-    bool more, v;
+    int first, unit, step;  // of a run, the next that is not known yet, the distance
+    int count, kind;  // `count` units from `from` on, `step` pages apart, which are fetched without looking at the list
+    bool more;
+    const unsigned char* from;
 };
 
 // The first unit of a block's run, and the block whose run holds a unit.

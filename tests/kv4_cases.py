@@ -159,11 +159,12 @@ def want_kv4(q: Tensor, cache: Cache, case: Kv4Case, dtype: torch.dtype, by_kern
     A right kernel errs by
 
     * the last rounding, u |out|;
-    * weights rounded to 16 bits: at most u p |v| each;
+    * weights rounded to 16 bits: at most u p |v| each, or in fp16, of a page, twice: also after the factor V's scale;
     * a query that is scaled for 4-bit pages and rounded to fp16: D independent errors of deviation 2^-11 / sqrt(3) |q k|
       in a score, of which six deviations are allowed;
     * sums in fp32: 1 + code / u stands 36 times above what is left when the zero is taken off (1024 + code of 8 bits 10
-      times, 1 + code / 32 of 2 bits 32 times), and tensor cores cut off 2^-23 of the largest term: 64 * 2^-23 * |q| max |k|;
+      times, 1 + code / 32 of 2 bits 32 times), and tensor cores cut off 2^-23 of the largest term: 64 * 2^-23 * |q| max |k|,
+      and in the 4 products of a page with V 4 * 36 * 2^-23 p |v|;
     * a fast exponential and its sums: 50 + sqrt(length) roundings.
 
     Plain torch errs by the first and the last.
@@ -195,7 +196,7 @@ def want_kv4(q: Tensor, cache: Cache, case: Kv4Case, dtype: torch.dtype, by_kern
         spread = torch.einsum("thl,thld->thd", p, (v[None] - out[:, :, None]).abs())
         size_of = torch.einsum("thl,hld->thd", p, v.abs())
         value[b], sums[b] = out, score.logsumexp(-1)
-        roundings = (u if by_kernel else 0.0) + (50 + length**0.5) * U32
+        roundings = (max(u, 2 * narrow) + 288 * U32 if by_kernel else 0.0) + (50 + length**0.5) * U32
         worst[b] = u * out.abs() + ds[..., None] * spread + roundings * size_of
         off[b] = ds + roundings + 4 * U32 * sums[b].abs()
         steepest = max(steepest, float(ds.max()))

@@ -22,6 +22,7 @@ from kv4_cases import (
     OLD_CASE,
     OPTION_FAULTS,
     OPTIONS_CASE,
+    Kv4Case,
     make_case,
     want_kv4,
     without_old,
@@ -114,11 +115,23 @@ def lib(tmp_path_factory):
     return ctypes.CDLL(str(folder / "kv4.so"))
 
 
-def attend(lib, q, cache, grid=7, cluster=1, softcap=0.0, sliding_window=0, sinks=None):
-    """(out, log-sum-exp) as ops.attention_kv4 returns them."""
+def attend(
+    lib,
+    q,
+    cache,
+    grid=7,
+    cluster=0,
+    warps=8,
+    check_even=False,
+    softcap=0.0,
+    sliding_window=0,
+    sinks=None,
+    list_used=None,
+):
+    """(out, log-sum-exp) as ops.attention_kv4 returns them; whether blocks left parts in the workspace, to ``list_used``."""
     (batch, tokens, heads, d), kv_heads = q.shape, cache.window.shape[1]
     out, lse = torch.full_like(q, float("nan")), torch.full((batch, tokens, heads), float("nan"))
-    space = torch.zeros((1 << 16) + grid * 2 * 32 * (d + 2) * 4, dtype=torch.uint8)
+    space = torch.zeros((1 << 16) + max(grid, batch * kv_heads * cluster) * 2 * 32 * (d + 2) * 4, dtype=torch.uint8)
     call = Attention(
         q.data_ptr(), q.stride(0), q.stride(1), int(q.dtype == torch.float16), cache.prompt.data_ptr(),
         0 if len(cache.prompt) == 1 else cache.prompt.stride(0), cache.prompt.shape[2], cache.pages.data_ptr(),
@@ -126,17 +139,19 @@ def attend(lib, q, cache, grid=7, cluster=1, softcap=0.0, sliding_window=0, sink
         lse.data_ptr(), space.data_ptr(), d**-0.5, softcap, batch, tokens, heads, kv_heads, d, True,
         kv4.bits_of(cache.pages.shape[3], d), sliding_window, sinks.data_ptr() if sinks is not None else None,
     )  # fmt: skip
-    if lib.attend(ctypes.byref(call), grid, cluster):
+    if lib.attend(ctypes.byref(call), grid, cluster, warps, B(check_even)):
         return None
+    if list_used is not None:
+        list_used.append(bool(space.any()))
     assert not space[: 1 << 16].any(), "counters that were not set back"
     return out, lse
 
 
-def check(lib, case, grid, cluster=1, dtype=torch.float16):
+def check(lib, case, grid, cluster=0, dtype=torch.float16, **more):
     """Within the tolerance of a kernel on a GPU, whose every rounding to 16 bits this one has too."""
     q, cache = make_case(case, dtype, "cpu")
     options = {"softcap": case.softcap, "sliding_window": case.sliding, "sinks": cache.sinks}
-    got = attend(lib, q, cache, grid, cluster, **options)
+    got = attend(lib, q, cache, grid, cluster, **more, **options)
     assert got is not None, "not among the instances that are compiled"
     want, want_lse = want_kv4(q, cache, case, dtype, True)
     assert mismatch(got[0], want) is None
@@ -171,11 +186,45 @@ def test_attention_in_bf16(lib):
     check(lib, replace(KV4_CASES[1], sliding=100, sinks=True), 5, dtype=torch.bfloat16)
 
 
-@pytest.mark.skipif(not (ROOT / "csrc" / "attention_kv4_cluster.cuh").exists(), reason="there is no kernel of clusters")
-@pytest.mark.parametrize("size", [2, 16])
-@pytest.mark.parametrize("case", [c for c in MADE if c.heads // c.kv_heads * c.tokens <= 8 and not c.shared], ids=str)
+FEW_ROWS = [c for c in MADE if c.heads // c.kv_heads * c.tokens <= 16 and c.size <= 128]
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+@pytest.mark.parametrize("case", FEW_ROWS, ids=str)
 def test_clusters(lib, case, size):
-    check(lib, replace(case, batch=1), 1, size)
+    """A cluster for each head, of sequences of any lengths."""
+    check(lib, replace(case, batch=1, shared=False) if size == 16 else case, 1, size)
+
+
+@pytest.mark.parametrize("case", [c for c in FEW_ROWS if c.size == 64 and c.bits == 4], ids=str)
+def test_clusters_of_many_warps(lib, case):
+    check(lib, case, 1, 2, warps=16)
+
+
+EVEN = Kv4Case(3, 1, 4, 2, 64, ((17, 40, 64), (17, 36, 100), (30, 41, 64)))
+
+
+@pytest.mark.parametrize("warps", [8, 16])
+@pytest.mark.parametrize(("segments", "even"), [
+    (EVEN.segments, True),
+    ((*EVEN.segments[:2], (0, 20, 100)), False),
+    (((0, 20, 100), *EVEN.segments[1:]), False),
+])  # fmt: skip
+def test_lengths_that_differ_take_the_list(lib, warps, segments, even):
+    """Clusters that are asked to look find out whether all sequences are about as long; the list leaves parts."""
+    used = []
+    check(lib, replace(EVEN, segments=segments), 1, 2, warps=warps, check_even=True, list_used=used)
+    assert used == [not even]
+
+
+@pytest.mark.parametrize("cluster", [0, 1, 2])
+def test_an_empty_sequence(lib, cluster):
+    q, cache = make_case(EVEN, torch.float16, "cpu")
+    want, _ = attend(lib, q, cache, cluster=cluster)
+    cache.segments[1] = 0
+    out, lse = attend(lib, q, cache, cluster=cluster)
+    assert not out[1].any() and lse[1].eq(-torch.inf).all()
+    assert torch.allclose(out[::2].float(), want[::2].float(), rtol=2**-9, atol=2**-9)  # other blocks, other roundings
 
 
 def test_notices(lib):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,46 @@ def test_random_configurations(part):
             assert error <= 1.25 * theirs + torch.finfo(dtype).eps / 4, (
                 f"{case} {dtype}: {error:.2e}, SDPA {theirs:.2e}"
             )
+
+
+# Each way to launch: clusters of 16 to 4 blocks, of 2 with 16 warps, of 2 and 1 with 8, for few units whatever lengths; for
+# many units about equal lengths, and lengths that differ, which take the list in the same launch; and 16 rows.
+LAUNCHES = [
+    Kv4Case(1, 1, 32, 8, 128, ((128, 60, 128),)),
+    Kv4Case(2, 1, 32, 8, 128, ((128, 60, 128), (16, 3, 70)), sinks=True),
+    Kv4Case(4, 1, 32, 8, 128, ((100, 60, 128), (0, 0, 1), (3, 2, 64)), softcap=30.0),
+    Kv4Case(8, 1, 32, 8, 128, ((128, 60, 128), (0, 1, 64), (5, 30, 100)), sliding=1000),
+    Kv4Case(8, 1, 32, 8, 128, ((128, 210, 128), (100, 200, 100))),
+    Kv4Case(8, 1, 32, 8, 128, ((128, 210, 128), (100, 200, 100), (0, 20, 64))),
+    Kv4Case(16, 1, 32, 8, 128, ((128, 60, 128), (16, 9, 70))),
+    Kv4Case(16, 1, 64, 8, 64, ((128, 110, 128), (100, 106, 100))),
+    Kv4Case(16, 1, 32, 8, 64, ((128, 110, 128), (100, 106, 100), (0, 1, 64)), bits=2),
+    Kv4Case(32, 1, 32, 8, 128, ((128, 20, 128), (16, 1, 70)), bits=3),
+    Kv4Case(32, 1, 32, 8, 128, ((128, 60, 128), (100, 58, 100))),
+    Kv4Case(32, 1, 32, 8, 128, ((128, 60, 128), (100, 58, 100), (0, 9, 64))),
+    Kv4Case(1, 1, 64, 4, 128, ((128, 60, 128),)),
+    Kv4Case(1, 2, 32, 4, 128, ((128, 60, 128),), bits=8),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LAUNCHES, ids=str)
+def test_launches(case, dtype):
+    """On the multiprocessors of an H100 or H200; elsewhere other ways are taken, which must be as right."""
+    q, cache = make_case(case, dtype, "cuda")
+    want, want_lse = want_kv4(q, cache, case, dtype, True)
+    out, lse = attend(q, cache, case)
+    assert mismatch(out, want) is None
+    assert mismatch(lse, want_lse) is None
+    for early in (False, True):
+        assert torch.equal(attend(q, cache, case, early=early)[0], out), "other bits the second time"
+    wrong = replace(cache, pages=cache.pages.roll(1, 1))
+    assert mismatch(attend(q, wrong, case)[0], want), "the comparison missed pages of another head"
+    cache.segments[-1] = 0
+    out, lse = attend(q, cache, case)
+    assert not out[-1].any() and lse[-1].eq(-torch.inf).all()
+    others = replace(want, value=want.value[:-1], worst=want.worst[:-1])
+    assert mismatch(out[:-1], others) is None, "an empty sequence changes the others"
 
 
 def long_case(dtype=torch.bfloat16):

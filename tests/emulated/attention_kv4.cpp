@@ -1,9 +1,5 @@
 // The kernels of attention_kv4 as a function of the CPU: some of their instances, all widths of pages.
-#include "attention_kv4.cuh"
-
-#if __has_include("attention_kv4_cluster.cuh")
 #include "attention_kv4_cluster.cuh"
-#endif
 
 using namespace pyquant;
 
@@ -15,28 +11,27 @@ void attend_blocks(const Call<T>& call, int grid) {
     run_grid(body, &call, grid, 1, Shape<D, NT, BITS>::kThreads, sizeof(Shared<T, D, NT, BITS>));
 }
 
-template <typename T, int D, int NT, int BITS>
-bool attend_clusters([[maybe_unused]] const Call<T>& call, [[maybe_unused]] int cluster) {
-#if __has_include("attention_kv4_cluster.cuh")
+template <int WARPS, typename T, int D, int NT, int BITS>
+void attend_clusters(const Call<T>& call, int cluster) {
     const auto body = [](const void* c) {
-        attention_kv4_cluster_kernel<T, D, NT, BITS>(*static_cast<const Call<T>*>(c));
+        attention_kv4_cluster_kernel<T, D, NT, BITS, WARPS>(*static_cast<const Call<T>*>(c));
     };
-    run_grid(body, &call, call.batch * call.kv_heads * cluster, 1, Shape<D, NT, BITS>::kThreads,
-             sizeof(ClusterShared<T, D, NT, BITS>), cluster);
-    return true;
-#else
-    return false;
-#endif
+    run_grid(body, &call, call.batch * call.kv_heads * cluster, 1, 32 * WARPS,
+             std::max(sizeof(ClusterShared<T, D, NT, BITS, WARPS>), sizeof(Shared<T, D, NT, BITS, WARPS>)), cluster);
 }
 
 template <typename T, int D, int NT, int BITS>
-bool attend_if(const Kv4Arguments& a, int grid, int cluster) {
+bool attend_if(const Kv4Arguments& a, int grid, int cluster, int warps, bool check_even) {
     const int rows = static_cast<int>(a.heads / a.kv_heads * a.tokens);
     const bool fits = rows <= 8 ? NT == 1 : rows <= 16 ? NT == 2 : NT == 4;
     if (a.dtype != (std::is_same_v<T, __half> ? 1 : 0) || a.head_size != D || a.bits != BITS || !fits) return false;
-    const Call<T> call = call_of<T>(a);
-    if (cluster > 1) {
-        if constexpr (NT == 1) return attend_clusters<T, D, NT, BITS>(call, cluster);
+    Call<T> call = call_of<T>(a);
+    call.check_even = check_even;
+    if (cluster > 0) {
+        if constexpr (NT <= 2 && D <= 128) {
+            if (warps == 8) return attend_clusters<8, T, D, NT, BITS>(call, cluster), true;
+            if constexpr (NT == 1 && D == 64) return attend_clusters<16, T, D, NT, BITS>(call, cluster), true;
+        }
         return false;
     }
     attend_blocks<T, D, NT, BITS>(call, grid);
@@ -45,12 +40,12 @@ bool attend_if(const Kv4Arguments& a, int grid, int cluster) {
 
 }  // namespace
 
-// 0, or 1 where the instance is not among these. `cluster` 1: the kernel of any batch, with `grid` blocks.
-extern "C" int attend(const Kv4Arguments* a, int grid, int cluster) {
-    return !(attend_if<__half, 64, 1, 4>(*a, grid, cluster) || attend_if<__half, 64, 1, 8>(*a, grid, cluster) ||
-             attend_if<__half, 64, 1, 3>(*a, grid, cluster) || attend_if<__half, 64, 1, 2>(*a, grid, cluster) ||
-             attend_if<__half, 80, 1, 4>(*a, grid, cluster) || attend_if<__half, 80, 1, 2>(*a, grid, cluster) ||
-             attend_if<__half, 96, 1, 3>(*a, grid, cluster) || attend_if<__half, 128, 2, 2>(*a, grid, cluster) ||
-             attend_if<__half, 128, 2, 4>(*a, grid, cluster) || attend_if<__half, 128, 4, 4>(*a, grid, cluster) ||
-             attend_if<__half, 256, 2, 8>(*a, grid, cluster) || attend_if<__nv_bfloat16, 64, 1, 4>(*a, grid, cluster));
+// 0, or 1 where the instance is not among these. `cluster` 0: the kernel of any batch, with `grid` blocks; otherwise
+// that of clusters of so many blocks of 8 or 16 warps.
+extern "C" int attend(const Kv4Arguments* a, int grid, int cluster, int warps, bool check_even) {
+    const auto made = [&](auto... instances) { return !(instances(*a, grid, cluster, warps, check_even) || ...); };
+    return made(attend_if<__half, 64, 1, 4>, attend_if<__half, 64, 1, 8>, attend_if<__half, 64, 1, 3>,
+                attend_if<__half, 64, 1, 2>, attend_if<__half, 80, 1, 4>, attend_if<__half, 80, 1, 2>,
+                attend_if<__half, 96, 1, 3>, attend_if<__half, 128, 2, 2>, attend_if<__half, 128, 2, 4>,
+                attend_if<__half, 128, 4, 4>, attend_if<__half, 256, 2, 8>, attend_if<__nv_bfloat16, 64, 1, 4>);
 }

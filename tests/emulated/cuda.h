@@ -1,6 +1,7 @@
-// Enough of CUDA for the kernels of the KV cache to run on a CPU: each thread of a block (and of the blocks of a cluster) is
-// a fiber, fibers take turns, and what joins threads waits until all are there. Copies of the copy engine happen at once,
-// but their bytes count at barriers as on a GPU. Tensor cores: exact products, summed in fp64, rounded once to fp32.
+// Enough of CUDA for the kernels of the KV cache to run on a CPU: each thread of a block (and of the blocks of a
+// cluster) is a fiber, fibers take turns, and what joins threads waits until all are there. Copies of the copy engine
+// happen at once, but their bytes count at barriers as on a GPU. Tensor cores: exact products, summed in fp64, rounded
+// once to fp32.
 //
 // What it cannot show: races between threads, alignment of what is no copy, registers, time.
 #pragma once
@@ -25,7 +26,7 @@
 #define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static
+#define __shared__    static
 #define __CUDA_ARCH__ 900
 
 using std::max;
@@ -121,7 +122,7 @@ T __ldcg(const T* from) {
 
 // ---- fibers
 
-constexpr int kMostBlocks = 16, kMostWarps = 8;
+constexpr int kMostBlocks = 16, kMostWarps = 16;
 
 struct Gathering {
     int wanted = 0, here = 0, times = 0;
@@ -138,6 +139,7 @@ struct Fibers {
     Gathering blocks[kMostBlocks], warps[kMostBlocks][kMostWarps];
     std::array<uint64_t, 32> slots[kMostBlocks][kMostWarps];
     std::array<std::array<uint32_t, 6>, 32> fragments[kMostBlocks][kMostWarps];
+    bool any[kMostBlocks];               // whether a thread said so
     unsigned char* memory[kMostBlocks];  // dynamic shared memory
     void (*body)(const void*) = nullptr;
     const void* argument = nullptr;
@@ -181,8 +183,10 @@ inline void run_grid(void (*body)(const void*), const void* argument, int grid, 
     for (int first = 0; first < grid * rows; first += cluster) {
         for (int b = 0; b < cluster; ++b) {
             std::fill(shared[b].begin(), shared[b].end(), 0xFF);  // NaN, and counts that cannot be right
-            fibers.memory[b] = reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared[b].data()) + 15) & ~15);
+            fibers.memory[b] =
+                reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared[b].data()) + 15) & ~15);
             fibers.blocks[b] = {threads};
+            fibers.any[b] = false;
             for (auto& warp : fibers.warps[b]) warp = {32};
         }
         fibers.met = 0;
@@ -214,6 +218,11 @@ inline void run_grid(void (*body)(const void*), const void* argument, int grid, 
 inline int lane_of() { return threadIdx.x % 32; }
 inline auto& own_slots() { return fibers.slots[fibers.block][threadIdx.x / 32]; }
 inline void __syncthreads() { gather(fibers.blocks[fibers.block]); }
+inline bool __syncthreads_or(bool v) {  // once a kernel
+    fibers.any[fibers.block] |= v;
+    __syncthreads();
+    return fibers.any[fibers.block];
+}
 inline void __syncwarp() { gather(fibers.warps[fibers.block][threadIdx.x / 32]); }
 
 template <typename T>

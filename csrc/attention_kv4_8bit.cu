@@ -1,8 +1,0 @@
-// attention_kv4 over pages of 8 bits: one file a width, so that they compile side by side.
-#include "attention_kv4_launch.cuh"
-
-namespace pyquant {
-
-void attention_kv4_8bit(const Kv4Arguments& a, cudaStream_t stream) { attention_of<8>(a, stream); }
-
-}  // namespace pyquant
