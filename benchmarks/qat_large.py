@@ -167,8 +167,11 @@ def make_optimizer(
     return kind(groups, **flags)
 
 
-def captured(step: Callable[[Tensor], Tensor], example: Tensor, warmup: int) -> Callable[[Tensor], Tensor]:
-    """The step as one CUDA graph, as :mod:`pyquant.recipes.qat_loop` runs it: the host launches nothing else."""
+def captured(
+    step: Callable[[Tensor], Tensor], example: Tensor, warmup: int, mode: str = "global"
+) -> Callable[[Tensor], Tensor]:
+    """The step as one CUDA graph, as :mod:`pyquant.recipes.qat_loop` runs it: the host launches nothing else. ``mode`` is
+    ``thread_local`` where other threads use the GPU meanwhile."""
     ids, side = example.clone(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -176,7 +179,7 @@ def captured(step: Callable[[Tensor], Tensor], example: Tensor, warmup: int) -> 
             step(ids)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         loss = step(ids)
 
     def replay(given: Tensor) -> Tensor:

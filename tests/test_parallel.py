@@ -31,7 +31,14 @@ def compute(made: nn.Module) -> dict[str, torch.Tensor]:
         made.set_attn_implementation("pyquant")
         steps = [made(tokens[:, :21], past_key_values=cache).logits[:, -1]]
         steps += [made(tokens[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(21, 24)]
-        return {"plain": made(tokens, use_cache=False).logits, "cached": torch.stack(steps)}
+        found = {"plain": made(tokens, use_cache=False).logits, "cached": torch.stack(steps)}
+        made.set_attn_implementation("sdpa")
+        theirs = made.generate(tokens, max_new_tokens=6, do_sample=False)
+        pyquant.prepare_for_inference(made)
+        assert "generate" in vars(made)  # not left as it was
+        found["generated"] = made.generate(tokens, max_new_tokens=6, do_sample=False)
+        assert torch.equal(found["generated"], theirs)
+        return found
 
 
 def process(rank: int, size: int, folder: str) -> None:
@@ -56,6 +63,7 @@ def test_two_processes_give_the_logits_of_one(tmp_path: Path):
             assert (got["plain"] - want["plain"]).abs().max() < 1e-5 * top  # fp32 sums in two parts
             # a K or V whose code a rounding turns over moves by a step of 1/15 of its range
             assert (got["cached"] - want["cached"]).abs().max() < 2e-2 * top
+            assert torch.equal(got["generated"], want["generated"])
             assert (got["plain"].roll(1, 1) - want["plain"]).abs().max() > 1e-2 * top
 
 
