@@ -141,8 +141,9 @@ def quantize(folder: Path, *flags: str, size: int) -> dict[str, Any]:
     [
         "--recipe kd-qat --steps 6 --batch-size 4 --seq-len 32 --lr 1e-3 --scale-lr 1e-3",
         "--recipe blockwise --steps 8 --batch-size 4 --calibration-windows 8 --calibration-length 32 --set blockwise.start=mse",
+        "--recipe bisup --steps 4 --batch-size 4 --calibration-windows 8 --calibration-length 32",
     ],
-    ids=["kd-qat", "blockwise"],
+    ids=["kd-qat", "blockwise", "bisup"],
 )
 def test_command_started_twice_makes_what_one_makes(flags, tmp_path):
     save_tiny(tmp_path / "model")
