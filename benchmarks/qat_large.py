@@ -98,9 +98,10 @@ def variant(name: str, student: nn.Module, config: KDConfig, spec: QuantSpec) ->
         )
 
 
-def build(shape: str, device: str) -> nn.Module:
-    """The teacher: random weights in bf16."""
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=8192)
+def build(shape: str, device: str, layers: int | None = None) -> nn.Module:
+    """The teacher: random weights in bf16; with another number of layers where one is given."""
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, max_position_embeddings=8192)
     was = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -29,10 +29,11 @@ from pyquant.nn.parallel import parallelize
 PROMPT = 33  # tokens of the prompt whose logits are compared, then 7 steps
 
 
-def build(shape: str, device: str) -> LlamaForCausalLM:
-    """The same random model on every process, made where it runs."""
+def build(shape: str, device: str, layers: int | None = None) -> LlamaForCausalLM:
+    """The same random model on every process, made where it runs; with another number of layers where one is given."""
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
     config = LlamaConfig(
-        **SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None
+        **sizes, tie_word_embeddings=False, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
