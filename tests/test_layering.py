@@ -47,6 +47,7 @@ OWNER = {
     "huggingface_hub": {"integrations"},
     "compressed_tensors": {"integrations"},
     "gptqmodel": {"integrations"},
+    "vllm": {"integrations"},
     "triton": {"kernels"},
     "matplotlib": {"report"},
     "typer": {"cli", "cli_output", "cli_ablate", "cli_analyze", "cli_eval", "cli_generate", "cli_plan"},
