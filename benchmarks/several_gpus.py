@@ -23,10 +23,11 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from benchmarks.ptq import commit
-from benchmarks.qat_large import build
+from benchmarks.qat_large import build, timed
 from benchmarks.several_decode import decode
 from benchmarks.several_training import LIKE, MANY, ONE, free, train
 from pyquant.integrations.files import write_atomic
@@ -74,6 +75,24 @@ def guarded(what: str, call: Callable[[], list[dict[str, Any]]]) -> list[dict[st
     return rows
 
 
+def links(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the links carry: GB/s of a bf16 sum over all GPUs (twice the bytes of a share), and microseconds of a small one."""
+    size, rows = dist.get_world_size(), []
+    for elements in (1 << 12, 1 << 29 if args.device == "cuda" else 1 << 16):
+        t = torch.zeros(elements, dtype=torch.bfloat16, device=args.device)
+
+        def add(_: Tensor, t: Tensor = t) -> Tensor:
+            dist.all_reduce(t)
+            return t
+
+        timed(add, torch.zeros(3), args.device)
+        ms, _ = timed(add, torch.zeros(10), args.device)
+        sent = 2 * (size - 1) / size * t.numel() * 2
+        rows.append({"op": "all_reduce", "way": "bf16", "gpus": size, "bytes": 2 * elements, "ms": ms, "tokens_s": 0.0})
+        rows[-1]["gb_s"] = sent / ms / 1e6
+    return rows
+
+
 def compare(rows: list[dict[str, Any]]) -> None:
     """Put beside rows of several GPUs what they are to those of one: ``speedup`` over the like way, ``over_best`` over the
     best of one GPU with one window a step, ``over_same_batch`` over the same windows on one GPU; ``loss_difference``, the
@@ -109,6 +128,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         elif row["op"] == "logits":
             what += f"  relative {row['relative']:.2e}, without a cut {row['noise']:.2e}"
             what += f", same token {row['same_token']:.3f}"
+        elif row["op"] == "all_reduce":
+            what += f"  {row['bytes']} bytes {row['ms'] * 1e3:.1f} us {row['gb_s']:.0f} GB/s"
         else:
             batch = f"batch {row['batch']}" if "batch" in row else ""
             what += f" {batch:9} {row['ms']:9.2f} ms {row['tokens_s']:9.0f} tokens/s"
@@ -142,14 +163,12 @@ def main() -> None:
     if "WORLD_SIZE" not in os.environ:
         raise SystemExit("start it with torchrun --nproc_per_node N -m benchmarks.several_gpus ..")
     rank, began = int(os.environ["RANK"]), time.monotonic()
-    where: dict[str, Any] = {}
     if args.device == "cuda":
         if torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
             raise SystemExit(f"{os.environ['WORLD_SIZE']} processes and {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(rank)
-        where["device_id"] = torch.device("cuda", rank)
     backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=args.patience), **where)
+    dist.init_process_group(backend, timeout=timedelta(seconds=args.patience))
     quiet()
     names: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(names, versions(args.device)["device"])
@@ -176,6 +195,7 @@ def main() -> None:
             for way in ways:
                 keep(guarded(f"kd_qat_step: {way}", lambda way=way: [train(way, teacher, args)]))
 
+    keep(guarded("links", lambda: links(args)))
     last = "replicas, captured"  # the one that could hang: sums between GPUs inside a captured graph
     measure([way for way in args.ways if way != last])
     if not args.no_decode:
@@ -183,6 +203,7 @@ def main() -> None:
     measure([way for way in args.ways if way == last])
     if rank == 0:
         print(f"\n{', '.join(names)}, {time.monotonic() - began:.0f} s\n{table(rows)}", flush=True)
+    free(args.device)  # captured sums hold the communicator
     dist.destroy_process_group()
 
 

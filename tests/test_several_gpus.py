@@ -8,12 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from torch import distributed as dist
-from torch import multiprocessing, nn
-
-from pyquant.recipes.replicas import Averaging
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -43,41 +37,3 @@ def test_small_run(tmp_path: Path):
     assert logits["alike_on_all"]
     decoded = {(r["gpus"], r["batch"]): r for r in rows if r["op"] == "decode"}
     assert decoded.keys() == {(1, 1), (1, 3), (2, 1), (2, 3)}
-
-
-def averaged(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=size)
-    net, x = network()
-    averaging = Averaging(net.parameters(), large=64)
-    averaging.on = False
-    (net(x[rank, 0]).square().mean() / size).backward()
-    assert not averaging.works
-    averaging.on = True
-    (net(x[rank, 1]).square().mean() / size).backward()
-    assert len(averaging.works) == 2  # two weights; biases go together
-    averaging.finish()
-    torch.save([p.grad for p in net.parameters()], f"{folder}/{rank}.pt")
-    averaging.close()
-    net.zero_grad()
-    net(x[rank, 0]).square().mean().backward()
-    assert not averaging.works
-    dist.destroy_process_group()
-
-
-def network() -> tuple[nn.Module, torch.Tensor]:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8, bias=False), nn.LayerNorm(8)).double()
-    return net, torch.randn(2, 2, 4, 8, dtype=torch.float64)
-
-
-def test_gradients_are_means_over_processes(tmp_path: Path):
-    multiprocessing.spawn(averaged, (2, str(tmp_path)), nprocs=2)
-    net, x = network()
-    for passes in x.transpose(0, 1):  # both passes of both processes
-        (sum(net(one).square().mean() for one in passes) / 2).backward()
-    for rank in range(2):
-        for got, p in zip(torch.load(tmp_path / f"{rank}.pt", weights_only=True), net.parameters(), strict=True):
-            # the first pass of an accumulated step stays in the gradient and is sent with the last one
-            assert p.grad is not None
-            torch.testing.assert_close(got, p.grad, rtol=1e-12, atol=1e-14)  # fp64, another order of four summands

@@ -7,6 +7,7 @@ graph. Large gradients are summed where they lie, each as soon as it is there; s
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +26,7 @@ class Averaging:
     gradients in the same order, as those of one model with the same layers do.
 
     Args:
-        params: what trains; hooks stay on them until :meth:`close`.
+        params: what trains; hooks stay on them until :meth:`close`, and do nothing once this object is gone.
         group: the processes; None is all.
         large: gradients of so many elements are sent alone.
     """
@@ -34,12 +35,15 @@ class Averaging:
         self.group, self.size, self.large, self.on = group, dist.get_world_size(group), large, True
         self.params = [p for p in params if p.requires_grad]
         self.works: list[Any] = []
-        self.hooks = [p.register_post_accumulate_grad_hook(self._send) for p in self.params if p.numel() >= large]
+        me = weakref.ref(self)  # a hook that held this object, and so the parameters, would keep itself alive
 
-    def _send(self, p: Tensor) -> None:
-        if self.on and self.size > 1:
-            assert p.grad is not None
-            self.works.append(dist.all_reduce(p.grad, group=self.group, async_op=True))
+        def send(p: Tensor) -> None:
+            own = me()
+            if own is not None and own.on and own.size > 1:
+                assert p.grad is not None
+                own.works.append(dist.all_reduce(p.grad, group=own.group, async_op=True))
+
+        self.hooks = [p.register_post_accumulate_grad_hook(send) for p in self.params if p.numel() >= large]
 
     @torch.no_grad()
     def finish(self) -> None:
