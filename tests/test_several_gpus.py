@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.tables_several import several_table
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,3 +39,5 @@ def test_small_run(tmp_path: Path):
     assert logits["alike_on_all"]
     decoded = {(r["gpus"], r["batch"]): r for r in rows if r["op"] == "decode"}
     assert decoded.keys() == {(1, 1), (1, 3), (2, 1), (2, 3)}
+    about, head, cells = several_table(found)
+    assert "Logits of the cut model" in about and len(cells) == 12 and {len(c) for c in cells} == {len(head)}

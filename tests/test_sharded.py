@@ -56,8 +56,7 @@ def worst(a: list[float], b: list[float]) -> float:
 VARIANTS = {
     "kd": replace(CONFIG, shard_teacher=True),
     "freeze": replace(CONFIG, freeze=("v_proj", "o_proj"), freeze_at=10, loss=KDLoss(0.5, 0.5, features=0.1)),
-    "checkpointing": replace(CONFIG, gradient_checkpointing=True, shard_teacher=True, steps=8),
-    "gathered": replace(CONFIG, keep_gathered=True, steps=8),
+    "checkpointing": replace(CONFIG, gradient_checkpointing=True, keep_gathered=True, steps=8),
     "soft": replace(CONFIG, quantizer="soft", soft=SoftQAT(schedule="linear", end=8.0), grad_accum=1),
 }
 
