@@ -7,6 +7,10 @@ setup(
     packages=[*find_packages(include=["pyquant", "pyquant.*"]), "pyquant.kernels"],
     package_dir={"pyquant.kernels": "kernels"},
     package_data={
-        "pyquant": ["py.typed", *(f"demo/**/*.{kind}" for kind in ("json", "safetensors", "txt", "jinja"))],
+        "pyquant": [
+            "py.typed",
+            "integrations/shapes/*.json",
+            *(f"demo/**/*.{kind}" for kind in ("json", "safetensors", "txt", "jinja")),
+        ],
     },
 )

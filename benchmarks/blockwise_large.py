@@ -37,6 +37,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256,
     },
+    "mid": {
+        "hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 1, "vocab_size": 4096,
+    },
     "tiny": {
         "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 1024,
@@ -44,12 +48,12 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def make(folder: Path, shape: str) -> None:
+def make(folder: Path, shape: dict[str, int]) -> None:
     """A Llama checkpoint with random weights, a file for each block."""
     if (folder / "model.safetensors.index.json").is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=8192, dtype="bfloat16")
+    config = LlamaConfig(**shape, tie_word_embeddings=False, max_position_embeddings=8192, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -108,7 +112,7 @@ def main() -> None:
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     with clock("make the checkpoint"):
         if rank == 0:
-            make(args.work / "model", args.shape)
+            make(args.work / "model", SHAPES[args.shape])
         Ranks().wait()
     print(f"checkpoint there after {clock.seconds['make the checkpoint']:.0f} s", flush=True)
     if args.make_only:

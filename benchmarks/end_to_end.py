@@ -48,12 +48,12 @@ def random_linear(n: int, k: int) -> nn.Linear:
     return layer
 
 
-def random_qlinear(n: int, k: int) -> QLinear:
+def random_qlinear(n: int, k: int, device: str = "cuda") -> QLinear:
     """Random codes (deviation 4.6) and a scale of its own for each group: weights of deviation about 1 / sqrt(K)."""
     layer = QLinear(k, n, False, QuantSpec(4, GROUP), "meta", torch.bfloat16)
     shape = int4.tiled_scale_shape(n, k, GROUP)
-    scale = (0.75 + torch.rand(shape, device="cuda") / 2) / (4.6 * k**0.5)
-    words = torch.randint(-(2**31), 2**31 - 1, int4.tiled_shape(n, k), dtype=torch.int32, device="cuda")
+    scale = (0.75 + torch.rand(shape, device=device) / 2) / (4.6 * k**0.5)
+    words = torch.randint(-(2**31), 2**31 - 1, int4.tiled_shape(n, k), dtype=torch.int32, device=device)
     layer._register({"qweight": words, "scale": scale.bfloat16(), "zero": None})
     return layer
 

@@ -98,9 +98,10 @@ def variant(name: str, student: nn.Module, config: KDConfig, spec: QuantSpec) ->
         )
 
 
-def build(shape: str, device: str) -> nn.Module:
-    """The teacher: random weights in bf16."""
-    config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=False, max_position_embeddings=8192)
+def build(shape: str, device: str, layers: int | None = None) -> nn.Module:
+    """The teacher: random weights in bf16; with another number of layers where one is given."""
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, max_position_embeddings=8192)
     was = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -167,8 +168,11 @@ def make_optimizer(
     return kind(groups, **flags)
 
 
-def captured(step: Callable[[Tensor], Tensor], example: Tensor, warmup: int) -> Callable[[Tensor], Tensor]:
-    """The step as one CUDA graph, as :mod:`pyquant.recipes.qat_loop` runs it: the host launches nothing else."""
+def captured(
+    step: Callable[[Tensor], Tensor], example: Tensor, warmup: int, mode: str = "global"
+) -> Callable[[Tensor], Tensor]:
+    """The step as one CUDA graph, as :mod:`pyquant.recipes.qat_loop` runs it: the host launches nothing else. ``mode`` is
+    ``thread_local`` where other threads use the GPU meanwhile."""
     ids, side = example.clone(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -176,7 +180,7 @@ def captured(step: Callable[[Tensor], Tensor], example: Tensor, warmup: int) -> 
             step(ids)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode=mode):
         loss = step(ids)
 
     def replay(given: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from pathlib import Path
 from benchmarks.kv_needle import DEPTHS
 from benchmarks.kv_needle import summary as summary_of_needles
 from benchmarks.tables_kernels import attention_table, w4a8_table
+from benchmarks.tables_plan import plan_table
 from benchmarks.tables_qat import large_table, qat_table
+from benchmarks.tables_several import several_table
 from pyquant.integrations.ablate import ARMS
 from pyquant.integrations.spread import summary
 
@@ -350,6 +352,8 @@ TABLES: dict[str, Callable[[], str]] = {
 TABLES |= {
     "qat": lambda: _from(qat_table(_measured("qat"))),
     "qat_large": lambda: _from(large_table(_load("h200/qat_large.json"))),
+    "plan": lambda: _from(plan_table()),
+    "several_gpus": lambda: _from(several_table(_measured("several_gpus"))),
 }
 TABLES |= {"arms_28m": partial(arms, "classics-llama-28m"), "arms_260k": partial(arms, "stories260K")}
 

@@ -1,4 +1,4 @@
-"""The command line: ``pyquant quantize | ablate | analyze | eval | generate | export | bench | doctor | demo``.
+"""The command line: ``pyquant quantize | ablate | analyze | eval | generate | export | plan | bench | doctor | demo``.
 
 Thin: each command reads its flags, calls one function of :mod:`pyquant.integrations` (imported then, so that ``--help``
 is quick) and prints what comes back. Results go to stdout, progress and errors to stderr. An expected error is one
@@ -418,7 +418,7 @@ def demo(
     typer.echo(f"\n{out}/report.html has the details.")
 
 
-from pyquant import cli_ablate, cli_analyze, cli_eval, cli_generate  # noqa: E402, F401 (register their commands)
+from pyquant import cli_ablate, cli_analyze, cli_eval, cli_generate, cli_plan  # noqa: E402, F401 (register their commands)
 
 
 def main() -> None:

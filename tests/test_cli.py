@@ -371,7 +371,7 @@ def test_every_setting_has_a_flag():
     rare = {"kd.bf16", "gptq.batch_size"}  # of a recipe file, or --set
     rare |= {f"kd.{name}" for name in ("reverse_kl", "jsd", "jsd_beta", "features", "feature_layers", "fused_loss")}
     rare |= {f"kd.{name}" for name in ("activation_bits", "embedding_bits", "head_bits", "weights", "reuse_fake_quant")}
-    rare |= {f"kd.{name}" for name in ("train_embeddings", "train_head", "shard_teacher")}
+    rare |= {f"kd.{name}" for name in ("train_embeddings", "train_head", "shard_teacher", "keep_gathered")}
     rare |= {f"soft.{name}" for name in ("beta", "soft_forward", "schedule", "start", "end")}
     flagged = {"host", "act_bits", "parts", "prompt", "kv_bits", "steps", "batch_size"}
     rare |= {f"bisup.{name}" for name in BiSupSettings.model_fields if name not in flagged}

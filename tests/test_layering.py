@@ -33,6 +33,7 @@ TOP = {
     "cli_analyze",
     "cli_eval",
     "cli_generate",
+    "cli_plan",
     "demo",
     "__main__",
 }  # these may import everything below them
@@ -46,9 +47,10 @@ OWNER = {
     "huggingface_hub": {"integrations"},
     "compressed_tensors": {"integrations"},
     "gptqmodel": {"integrations"},
+    "vllm": {"integrations"},
     "triton": {"kernels"},
     "matplotlib": {"report"},
-    "typer": {"cli", "cli_output", "cli_ablate", "cli_analyze", "cli_eval", "cli_generate"},
+    "typer": {"cli", "cli_output", "cli_ablate", "cli_analyze", "cli_eval", "cli_generate", "cli_plan"},
 }
 
 LINES = {".py": 500, ".cu": 900, ".cuh": 900, ".cpp": 900, ".h": 900}

@@ -27,7 +27,7 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 # Of blockwise: where things are, which changes no bit of what is computed.
 FREE_OF_BLOCKWISE = ("activations", "gpu_memory", "stream")
-FREE_OF_KD = ("shard_teacher",)
+FREE_OF_KD = ("shard_teacher", "keep_gathered")
 
 
 class KDSettings(BaseModel):
@@ -75,6 +75,7 @@ class KDSettings(BaseModel):
     gradient_checkpointing: bool = False
     reuse_fake_quant: bool = False
     shard_teacher: bool = False
+    keep_gathered: bool = False
 
 
 class SoftSettings(BaseModel):

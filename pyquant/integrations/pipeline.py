@@ -59,7 +59,7 @@ from pyquant.recipes.sharding import check_shardable
 from pyquant.recipes.soft_qat import SoftQAT
 from pyquant.report import write_report
 
-SPREAD = (*TRAINED, "blockwise")  # recipes that several processes run together
+SPREAD = (*TRAINED, "blockwise", "bisup")  # recipes that several processes run together
 
 __all__ = ["EvaluationText", "Event", "QuantizeConfig", "Result", "load_config", "quantize"]
 
@@ -130,8 +130,8 @@ def quantize(config: QuantizeConfig, on_event: OnEvent | None = None, command: s
         pyquant.integrations.export.ExportMismatch: the exported model is not the evaluated one; nothing was published.
         KeyboardInterrupt: stopped; what was finished is kept for ``resume``.
 
-    Started by ``torchrun`` or ``accelerate launch``, kd-qat and soft-qat shard the student over the processes and blockwise
-    shares out the calibration windows. The first process does everything else; the results of the others are empty.
+    Started by ``torchrun`` or ``accelerate launch``, kd-qat and soft-qat shard the student over the processes; blockwise and
+    bisup share out the calibration windows. The first process does everything else; the results of the others are empty.
     """
     with joined(pick_device(config.device)) as ranks:
         if ranks.size > 1 and config.recipe not in SPREAD:

@@ -13,12 +13,14 @@ from pyquant.formats.spec import QuantSpec
 from pyquant.nn.decoder import Decoder, Layer
 from pyquant.nn.fused import FusedLinear
 from pyquant.nn.linear import QLinear
+from pyquant.nn.parallel import RowQLinear
 
 log = logging.getLogger("pyquant")
 
 CLASSES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 # Rotary tables that depend on the position alone; others ("dynamic", "longrope") change with the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PACKED = (QLinear, RowQLinear)  # a subclass of another kind may compute something else
 
 
 class Unsupported(Exception):
@@ -62,7 +64,8 @@ def read_decoder(model: nn.Module, head_bits: int = 16) -> Decoder:
         norm=model.model.norm.weight,
         head=_head(model.lm_head, head_bits),
         rotary=_tables(model.model.rotary_emb, model.model.norm.weight, attention.head_dim),
-        kv_heads=config.num_key_value_heads,
+        kv_heads=attention.k_proj.out_features
+        // attention.head_dim,  # those of this process, where heads are shared out
         size=attention.head_dim,
         scaling=attention.scaling,
         eps=model.model.norm.variance_epsilon,
@@ -82,7 +85,7 @@ def weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    held = {**module._parameters, **(module._buffers if type(module) is QLinear else {})}
+    held = {**module._parameters, **(module._buffers if type(module) in PACKED else {})}
     return {name: t for name, t in held.items() if t is not None}
 
 
@@ -142,7 +145,7 @@ def _read_layer(layer: nn.Module, index: int) -> Layer:
 
 
 def _check_linear(module: nn.Module, name: str) -> None:
-    need(type(module) in (QLinear, nn.Linear), f"{name} is a {type(module).__name__}, neither QLinear nor nn.Linear")
+    need(type(module) in (*PACKED, nn.Linear), f"{name} is a {type(module).__name__}, neither QLinear nor nn.Linear")
     need(type(module) is nn.Linear or module.prepared, f"{name} holds no weight yet")
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     need(not hooked, f"{name} has hooks, which fused layers would pass by")

@@ -46,6 +46,7 @@ FREE = (
     "save_steps",
     "gradient_checkpointing",
     "shard_teacher",
+    "keep_gathered",
 )  # may change between start and resume: they do not change the result
 
 

@@ -110,6 +110,8 @@ def train_sharded(
         objective = Distillation(student, teacher.eval(), config.loss, config.fused_loss)
     empty = skeleton(student) if ranks.rank == 0 else None
     root = shard(objective, config, init_device_mesh(device.type, (ranks.size,)))
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     temperature = share_temperature(student)
     groups: Any = parameter_groups(student, config.lr, config.scale_lr, config.weight_decay)
     rates = [float(group["lr"]) for group in groups]
@@ -156,6 +158,8 @@ def train_sharded(
                 _save(work_dir, root, optimizer, history, ranks)
             if stop and i + 1 < config.steps:
                 raise Interrupted(i + 1)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_disable()
     optimizer.zero_grad(set_to_none=True)
     return Sharded(history, root, empty)
 

@@ -27,6 +27,7 @@ from pyquant.formats.spec import ActSpec, QuantSpec
 from pyquant.integrations.act_config import act_of, input_activations, set_act
 from pyquant.integrations.checkpoint import check_causal, check_weights, local_folder, read_config
 from pyquant.nn.linear import QLinear
+from pyquant.nn.parallel import COLUMN, ROW, parallelize
 from pyquant.nn.swap import matches, swap
 from pyquant.recipes.rtn import check_deployable
 
@@ -221,6 +222,7 @@ class PyQuantQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PyQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.targets: set[str] = set()
+        self.rules: dict[str, str] = {}
         self.shapes: dict[str, torch.Size] = {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -275,6 +277,7 @@ class PyQuantQuantizer(HfQuantizer):
         report = swap(model, spec, replace, include, exclude, skip_experts)
         self.shapes = {name: p.shape for name, p in model.named_parameters()}
         self.targets = set(report.changed)
+        self._take_rules(model)
         config.ignore = [
             name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in self.targets
         ]
@@ -289,6 +292,7 @@ class PyQuantQuantizer(HfQuantizer):
             if left:
                 raise ValueError(f"the checkpoint has no weight for {len(left)} layer(s) such as {min(left)}")
             set_act(model, self.quantization_config.act)
+            self._cut(model)
             return model
         for name, module in model.named_modules():
             if not isinstance(module, QLinear):
@@ -305,7 +309,30 @@ class PyQuantQuantizer(HfQuantizer):
                 raise ValueError(f"{name}: {error}") from None
             if module.bias is not None and module.bias.dtype != dtype:
                 module.bias.data = module.bias.data.to(dtype)
+        self._cut(model)
         return model
+
+    # transformers cuts parameters and the forward of modules that its tensor-parallel plan names. The packed weight of a
+    # QLinear is cut otherwise, so the plan's rules for such layers are ours: taken out before it is carried out, and carried
+    # out when the weights are there.
+
+    def _take_rules(self, model: nn.Module) -> None:
+        plan: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+        ours = {re.sub(r"\.\d+\.", ".*.", name) for name in self.targets}
+        self.rules = {rule: plan.pop(rule) for rule in list(plan) if rule in ours}
+
+    def _cut(self, model: nn.Module) -> None:
+        mesh, size = getattr(model, "_device_mesh", None), getattr(model, "_tp_size", None) or 1
+        if mesh is None or size == 1:
+            model._tp_plan = {**(getattr(model, "_tp_plan", None) or {}), **self.rules}  # type: ignore[assignment]
+            return
+        mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+        unknown = sorted(set(self.rules.values()) - {COLUMN, ROW})
+        if unknown:
+            raise ValueError(
+                f"the tensor-parallel plan has {', '.join(unknown)} layers; {COLUMN} and {ROW} can be cut here"
+            )
+        parallelize(model, mesh.get_local_rank(), size, self.rules, mesh.get_group())
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # a reloaded module must not raise
@@ -314,7 +341,12 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(PyQuantQuantizer)
 
 
-def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu") -> nn.Module:
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    tp_plan: str | dict[str, str] | None = None,
+) -> nn.Module:
     """Load a compressed-tensors ``pack-quantized`` checkpoint onto our kernels.
 
     Args:
@@ -322,13 +354,17 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
         dtype: of scales, activations and all that is not quantized; ``"auto"`` is the checkpoint's. fp32 holds the
             values of a bf16 or fp16 checkpoint exactly.
         device: where the model goes.
+        tp_plan: tensor parallel over the processes of ``torchrun``, ``"auto"`` or as transformers takes it: each process
+            reads the 4-bit weights and keeps its share (:mod:`pyquant.nn.parallel`), on the device that transformers
+            gives it. What is not quantized transformers cuts by its own plan.
 
     Returns:
         the model in eval mode, with :class:`~pyquant.nn.QLinear` layers.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not a quantized checkpoint, one that QLinear does not hold, or tensors missing or left over.
+        ValueError: not a quantized checkpoint, one that QLinear does not hold, tensors missing or left over, or layers that
+            cannot be cut.
     """
     folder = local_folder(path)
     quantization = read_config(folder).get("quantization_config")
@@ -341,15 +377,26 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     check_weights(folder)
     config = AutoConfig.from_pretrained(folder)
     config.quantization_config = PyQuantConfig.from_compressed_tensors(quantization, str(folder)).fields()
-    return from_folder(folder, config, dtype, device)
+    return from_folder(folder, config, dtype, device, tp_plan)
 
 
-def from_folder(folder: Path, config: Any, dtype: str | torch.dtype, device: str | torch.device) -> nn.Module:
+def from_folder(
+    folder: Path,
+    config: Any,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    tp_plan: str | dict[str, str] | None = None,
+) -> nn.Module:
     """``from_pretrained`` that refuses a checkpoint with missing or left-over tensors instead of inventing weights.
 
     Raises:
         ValueError: naming the tensors.
     """
+    spread: dict[str, Any] = {}
+    if tp_plan is not None:
+        from transformers.distributed import DistributedConfig
+
+        spread["distributed_config"] = DistributedConfig(tp_plan=tp_plan)
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -358,13 +405,14 @@ def from_folder(folder: Path, config: Any, dtype: str | torch.dtype, device: str
         local_files_only=True,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # reported, and refused below
+        **spread,
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(str(key) for key in info.get(kind) or ()):
             raise ValueError(
                 f"{folder}: {len(found)} {kind.replace('_', ' ')} such as {found[0]}; the weights do not fit the config"
             )
-    return model.eval().to(device)
+    return model.eval() if spread else model.eval().to(device)
 
 
 def load_causal_lm(

@@ -33,7 +33,9 @@ class RowQLinear(QLinear):
     group: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x).float()  # one rounding after the sum
+        y = super().forward(x)
+        if dist.get_world_size(self.group) > 2:  # the sum of two is rounded once in any case
+            y = y.float()
         dist.all_reduce(y, group=self.group)
         return y.to(x.dtype)
 
@@ -47,6 +49,9 @@ def why_uncut(layer: QLinear, how: str, size: int) -> str:
         return f"{k} input features do not divide by {size} processes"
     if group != -1 and (k // size) % group:
         return f"{k} input features over {size} processes are {k // size} each, which cuts a group of {group}"
+    if layer.act is not None and (layer.act.group_size == -1 or (k // size) % layer.act.group_size):
+        whole = "a whole token" if layer.act.group_size == -1 else f"groups of {layer.act.group_size}"
+        return f"its inputs are quantized by {whole}, and {k // size} of its {k} input features are on each process"
     return ""
 
 
@@ -86,7 +91,7 @@ def cut(layer: QLinear, how: str, rank: int, size: int, group: Any = None) -> QL
         if bias is not None and rank:
             bias = torch.zeros_like(bias)  # added once
         kind = RowQLinear
-    made = kind(k, n, bias is not None, layer.spec, "meta", layer.scale.dtype)
+    made = kind(k, n, bias is not None, layer.spec, "meta", layer.scale.dtype, layer.act)
     if bias is not None:
         made.bias = nn.Parameter(bias.clone(), requires_grad=False)
     made._set_tiled(

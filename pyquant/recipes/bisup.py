@@ -77,7 +77,9 @@ def bisup(
     Args:
         model: a decoder called as ``model(tokens)``, in fp32, in eval mode, on the device to compute on. Its parameters stop
             requiring gradients.
-        tokens: calibration windows, int64 ``[n, S]``; a rest that fills no batch is dropped.
+        tokens: calibration windows, int64 ``[n, S]``; a rest that fills no batch is dropped. Over the processes of
+            torch.distributed every one is given all windows and works on its share of each batch
+            (:class:`~pyquant.recipes.ranks.Ranks`); all end with the same model, that of one process up to the order of sums.
         spec: bits and group size of weights; symmetric.
         settings: see :class:`BiSup`.
         chosen: full names of the layers to quantize; by default all linear layers of the blocks.
@@ -87,24 +89,27 @@ def bisup(
 
     Raises:
         ValueError: an asymmetric spec, a model without blocks to walk or that does not rotate, fewer windows than a batch,
-            NaN inputs.
+            NaN inputs, or a batch that does not divide by the processes.
     """
     how = settings or BiSup()
     if not spec.symmetric:
         raise ValueError("weights of a weight-activation recipe are symmetric; asymmetric ones belong to blockwise")
-    batch = how.batch_size
+    batch, ranks = how.batch_size, Ranks()
+    if batch % ranks.size:
+        raise ValueError(f"batch_size={batch} must be a multiple of the {ranks.size} processes")
     if len(tokens) < batch:
         raise ValueError(f"{len(tokens)} calibration windows do not fill one batch of {batch}")
     model.requires_grad_(False)
     device = next(model.parameters()).device
-    tokens = tokens[: len(tokens) - len(tokens) % batch].to(device)
+    tokens = tokens[: len(tokens) - len(tokens) % batch]
     reference = model
     if how.host == "quarot":
         reference = copy.deepcopy(model)
-        rotate(reference, tokens[:1], how.seed, how.online)
+        rotate(reference, tokens[:1].to(device), how.seed, how.online)
     result = Quantized(copy.deepcopy(reference), reference)
     with deterministic(device):
-        _all_blocks(result, tokens, spec, how, chosen, scale_dtype, keeper, on_progress)
+        mine = ranks.share(tokens, batch).to(device)
+        _all_blocks(result, mine, spec, how, chosen, scale_dtype, keeper, on_progress, ranks)
     return result
 
 
@@ -117,8 +122,9 @@ def _all_blocks(
     scale_dtype: torch.dtype,
     keeper: Keeper | None,
     on_progress: Callable[[int, int, str], None] | None,
+    ranks: Ranks,
 ) -> None:
-    reference, batch = result.reference, how.batch_size
+    reference, batch = result.reference, how.batch_size // ranks.size
     root, skeleton = find_blocks(reference)
     _, finished = find_blocks(result.model)
     names = None if chosen is None else set(chosen)
@@ -140,17 +146,17 @@ def _all_blocks(
             _restore(block, layers, tensors, spec, how, tokens.device)
         else:
             began = time.perf_counter()
-            opened = Opened(block, layers, spec, how, scale_dtype, b)
+            opened = Opened(block, layers, spec, how, scale_dtype, b, ranks)
             opened.begin(x.rows, len(x), batch, arguments[b], fp, context)
             row = {"blocks": [b, b], "steps": 0, "smooth_alpha": opened.alpha}
             if how.steps and opened.parameters():
                 settings = Settings(target=how.target, steps=how.steps, batch_size=batch, keep_best=how.keep_best)
-                objective = Objective(settings, range(b, b + 1), 0, {b: block}, b, x, fp, logits, Ranks())
+                objective = Objective(settings, range(b, b + 1), 0, {b: block}, b, x, fp, logits, ranks)
                 tell = partial(_tell, on_progress, b * how.steps, total, f"block {b}")
-                row |= {"steps": how.steps} | _train(opened, objective, len(x), how, b, tell)
+                row |= {"steps": how.steps} | _train(opened, objective, len(x), how, b, tell, ranks)
             opened.finish()
             row["seconds"] = time.perf_counter() - began
-            if keeper is not None:
+            if keeper is not None and ranks.rank == 0:
                 keeper.save(b, {n: t.detach() for n, t in block.state_dict().items()}, row)
         if row.get("failed"):
             result.notes.append(f"Training of block {b} met NaN; the last good state is kept.")
@@ -175,9 +181,15 @@ def _tell(say: Callable[[int, int, str], None] | None, base: int, total: int, no
 
 
 def _train(
-    opened: Opened, objective: Objective, count: int, how: BiSup, index: int, tell: Callable[[int], None]
+    opened: Opened,
+    objective: Objective,
+    own: int,
+    how: BiSup,
+    index: int,
+    tell: Callable[[int], None],
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    batch = how.batch_size
+    batch, count = how.batch_size, own * ranks.size
     pairs = opened.parameters()
     rows = count // batch
     held = max(1, rows // 16) if rows >= 4 else 0
@@ -190,12 +202,12 @@ def _train(
         objective.loss,
         objective.feed,
         lambda: None,
-        order.to(where),
-        probe.to(where),
+        ranks.local_index(order, batch).to(where),
+        ranks.local_index(probe, batch).to(where),
         rates(how.steps, 1.0, "adamw", round(how.warmup * how.steps)).to(device),
         "adamw",
         how.keep_best,
-        None,
+        ranks.mean if ranks.size > 1 else None,
         how.graphs,
         tell,
     )

@@ -15,6 +15,7 @@ from pyquant.recipes.awq import find_folds
 from pyquant.recipes.bisup_parts import Smoothing, Trained, fold, fold_before
 from pyquant.recipes.bisup_settings import BiSup
 from pyquant.recipes.blocks import Arguments, call_block, watch_inputs
+from pyquant.recipes.ranks import Ranks
 from pyquant.recipes.rotate import Rotated
 from pyquant.recipes.streams import FullPrecision
 
@@ -30,6 +31,7 @@ class Opened:
         layers: its layers to be quantized, by name.
         spec, how, scale_dtype: the format and the settings.
         index: of the block.
+        ranks: processes that share the windows; every one finds the same starts.
     """
 
     def __init__(
@@ -40,7 +42,9 @@ class Opened:
         how: BiSup,
         scale_dtype: torch.dtype,
         index: int,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.block, self.layers, self.spec, self.how = block, layers, spec, how
         self.scale_dtype, self.index = scale_dtype, index
         self.trained: dict[str, Trained] = {}
@@ -72,13 +76,16 @@ class Opened:
             flat = x.detach().reshape(-1, x.shape[-1]).float()
             if name not in energy:
                 energy[name], largest[name] = torch.zeros(flat.shape[1], device=flat.device), torch.zeros_like(flat[0])
-                sample[name], tensors[name] = flat[:SAMPLE].clone(), x
+                sample[name], tensors[name] = self.ranks.first_rows(x.detach().float(), SAMPLE), x
             energy[name] += flat.square().sum(0)
             largest[name] = torch.maximum(largest[name], flat.abs().amax(0))
 
         with torch.no_grad(), context(), watch_inputs(layers, see):
             for i in range(0, count, batch):
                 call_block(self.block, rows(i, batch), arguments)
+        for name in layers:
+            self.ranks.add(energy[name])
+            self.ranks.most(largest[name])
         for name, layer in layers.items():
             if not torch.isfinite(energy[name]).all() or not torch.isfinite(layer.weight).all():
                 raise ValueError(f"block {self.index}: {name} has NaN or infinite inputs or weights")
@@ -87,7 +94,7 @@ class Opened:
             with torch.no_grad():
                 return call_block(self.block, rows(0, batch)[:1], _first(arguments, batch))
 
-        folds = find_folds(self.block, layers, probe) if "smooth" in how.parts else {}
+        folds = self.ranks.agree(find_folds(self.block, layers, probe) if "smooth" in how.parts else {})
         ratios: dict[int, nn.Parameter] = {}
         for producer, consumers in folds.items():
             module = self.block.get_submodule(producer)
@@ -143,7 +150,9 @@ class Opened:
             def error(alpha: float | None) -> float:
                 self._smooth(folds, largest, alpha)
                 with torch.no_grad(), context():
-                    return float((call_block(self.block, x, arguments).float() - wanted).square().sum())
+                    found = (call_block(self.block, x, arguments).float() - wanted).square().sum()
+                self.ranks.add(found)
+                return float(found)
 
             tried = [how.smooth_alpha] if how.smooth_alpha is not None else [None, *ALPHAS]
             self.alpha = min(tried, key=error)

@@ -47,6 +47,8 @@ class KDConfig:
             (:func:`pyquant.nn.reuse_fake_quant`): less time, and while a step lasts the memory of the quantized weights and
             their gradients.
         shard_teacher: over several processes, shard the teacher's blocks as the student's; otherwise each has it whole.
+        keep_gathered: over several processes, keep each block's gathered weights between its forward and its backward: a
+            third less traffic, for the memory of the whole student in the dtype that it computes in.
 
     Raises:
         ValueError: for values that cannot be.
@@ -85,6 +87,7 @@ class KDConfig:
     gradient_checkpointing: bool = False
     reuse_fake_quant: bool = False
     shard_teacher: bool = False
+    keep_gathered: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "save_steps"):

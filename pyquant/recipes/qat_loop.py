@@ -5,6 +5,10 @@ It trains what :mod:`pyquant.integrations.trainer` trains, by the same functions
 at the same rates; without checkpoints, progress of the Trainer's kind, or bitwise repeatability on a GPU. There each step
 is one replay of a captured CUDA graph: forward passes (with fused norms), loss, backward, clipping, AdamW. The host only
 sets the tokens, the learning rates and the temperature, and waits for nothing until the end.
+
+Over the processes of torch.distributed each trains the whole student on its share of every pass (``batch_size`` is that of
+all together), gradients are means over them (:mod:`pyquant.recipes.replicas`), and a run is that of one process up to the
+order of sums. All are given the same models and tokens, and end with the same weights.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from pyquant.recipes.kd_loss import Distillation, Seen, find_head
 from pyquant.recipes.kd_qat import cast_weights, freeze, parameter_groups, set_up
 from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.master import with_masters
+from pyquant.recipes.ranks import Ranks
+from pyquant.recipes.replicas import Averaging
 from pyquant.recipes.soft_qat import share_temperature
 
 log = logging.getLogger("pyquant")
@@ -119,10 +125,12 @@ def train(
         on_step: called with the number of finished steps (as launched: on a GPU they may still run).
 
     Raises:
-        ValueError: as :func:`~pyquant.recipes.kd_qat.set_up`.
+        ValueError: as :func:`~pyquant.recipes.kd_qat.set_up`; a batch that does not divide by the processes.
         FloatingPointError: a loss was NaN or Inf; found at the end.
     """
-    device = tokens.device
+    device, ranks = tokens.device, Ranks()
+    if config.batch_size % ranks.size:
+        raise ValueError(f"batch_size={config.batch_size} must be a multiple of the {ranks.size} processes")
     torch.manual_seed(config.seed)
     if spec is None:
         cast_weights(student, config)
@@ -131,7 +139,9 @@ def train(
     student.to(device).train()
     temperature = share_temperature(student)
     step = _Step(student, teacher, tokens, config, teaching, device.type == "cuda" if graph is None else graph)
-    order = data_order(len(tokens), config.steps * step.windows, config.seed).to(device).view(config.steps, -1)
+    order = data_order(len(tokens), config.steps * config.grad_accum * config.batch_size, config.seed)
+    order = order.view(config.steps, config.grad_accum, config.batch_size)[:, :, ranks.rank :: ranks.size]
+    order = order.reshape(config.steps, -1).to(device)
     began, ended = _Clock(device), _Clock(device)
     with fused_norms(student) if device.type == "cuda" else contextlib.nullcontext():
         step.prepare(order[0])
@@ -146,6 +156,7 @@ def train(
             if on_step is not None:
                 on_step(i + 1)
         ended.mark()
+    ranks.mean([step.log])
     losses = step.log.cpu()
     if not torch.isfinite(losses).all():
         bad = int((~torch.isfinite(losses)).any(1).nonzero()[0])
@@ -171,7 +182,9 @@ class _Step:
         self.student, self.tokens, self.config, self.capture = student, tokens, config, capture
         device = tokens.device
         on_gpu = device.type == "cuda"
-        self.windows = config.batch_size * config.grad_accum
+        self.size = Ranks().size
+        self.local = config.batch_size // self.size
+        self.windows = self.local * config.grad_accum
         autocast = (on_gpu if config.bf16 is None else config.bf16) and config.weights == "fp32"
         self.precision = precision(device, autocast)
         with self.precision():
@@ -186,6 +199,7 @@ class _Step:
         kind = torch.optim.AdamW if config.weights == "fp32" else with_masters(torch.optim.AdamW)
         flags: dict[str, Any] = {"fused": True, "capturable": True} if on_gpu else {"foreach": True}
         self.optimizer: Any = kind(groups, **flags)  # type: ignore[arg-type]
+        self.averaging = Averaging(student.parameters()) if self.size > 1 else None
         self.rows = torch.zeros(self.windows, dtype=torch.int64, device=device)
         self.names: list[str] = []
         self.graph: Any = None
@@ -197,17 +211,21 @@ class _Step:
         total: Tensor | None = None
         reuse = self.config.reuse_fake_quant and self.config.grad_accum > 1
         with reuse_fake_quant(self.student) if reuse else contextlib.nullcontext():
-            for rows in self.rows.split(self.config.batch_size):
+            for i, rows in enumerate(self.rows.split(self.local)):
+                if self.averaging is not None:
+                    self.averaging.on = i + 1 == self.config.grad_accum
                 ids = self.tokens.index_select(0, rows)
                 with self.precision():
                     taught = None if self.taught is None else self.taught.see(rows, self.objective.fused)
                     loss, parts = self.objective(ids, ids, taught)
-                (loss / self.config.grad_accum).backward()
+                (loss / (self.config.grad_accum * self.size)).backward()
                 self.names = list(parts)
                 found = (
                     torch.stack([loss.detach().float(), *(p.float() for p in parts.values())]) / self.config.grad_accum
                 )
                 total = found if total is None else total + found
+        if self.averaging is not None:
+            self.averaging.finish()
         if self.config.max_grad_norm:
             clip_gradients(self.student.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -243,7 +261,8 @@ class _Step:
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            mode = "global" if self.averaging is None else "thread_local"  # other threads look after the sums
+            with torch.cuda.graph(graph, capture_error_mode=mode):
                 self.out = self.body()
             self.graph = graph
         except RuntimeError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,37 @@ class Ranks:
         """Sum over processes, in place."""
         if self.size > 1:
             dist.all_reduce(t)
+
+    def most(self, t: Tensor) -> None:
+        """The largest over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(t, dist.ReduceOp.MAX)
+
+    def agree(self, value: Any) -> Any:
+        """What the first process says, a plain Python object."""
+        told = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(told, 0)
+        return told[0]
+
+    def first_rows(self, x: Tensor, count: int) -> Tensor:
+        """The first ``count`` rows of the first batch as one process sees them.
+
+        Args:
+            x: this process' share ``[local, S, K]`` of a batch, or ``[tokens, K]`` where tokens are routed and their places in
+                the batch not known: then the first process' rows stand for all.
+
+        Returns:
+            ``[count or fewer, K]``, the same on every process.
+        """
+        if self.size == 1:
+            return x.reshape(-1, x.shape[-1])[:count].clone()
+        if x.dim() != 3:
+            return self.agree(x.reshape(-1, x.shape[-1])[:count].cpu()).to(x.device)
+        own = x[: -(-count // (x.shape[1] * self.size))].contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return torch.stack(parts, 1).flatten(0, 2)[:count].clone()
 
     def mean(self, tensors: Sequence[Tensor]) -> None:
         """Mean over processes, in place, in one message."""

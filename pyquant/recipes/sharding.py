@@ -33,7 +33,7 @@ from pyquant.nn.linear import FakeQuantLinear, QLinear
 from pyquant.nn.swap import SwapReport, matches
 from pyquant.quantizers import Quantizer
 from pyquant.recipes.blocks import find_blocks
-from pyquant.recipes.kd_loss import Distillation
+from pyquant.recipes.kd_loss import Distillation, Seen
 from pyquant.recipes.kd_settings import KDConfig
 from pyquant.recipes.vocabulary import EIGHT, bake_vocabulary
 
@@ -41,7 +41,7 @@ from pyquant.recipes.vocabulary import EIGHT, bake_vocabulary
 class ShardedLoss(nn.Module):
     """The loss of a batch as a module, the root of what is sharded.
 
-    ``forward(ids)``: tokens int64 ``[B, T]`` to (loss, parts), as :class:`~pyquant.recipes.kd_loss.Distillation`.
+    ``forward(ids, taught)``: tokens int64 ``[B, T]`` to (loss, parts), as :class:`~pyquant.recipes.kd_loss.Distillation`.
     """
 
     def __init__(self, objective: Distillation) -> None:
@@ -49,8 +49,8 @@ class ShardedLoss(nn.Module):
         self.objective = objective
         self.student, self.teacher = objective.student, objective.teacher
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.objective(ids, ids)
+    def forward(self, ids: Tensor, taught: Seen | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(ids, ids, taught)
 
 
 def check_shardable(config: KDConfig, processes: int) -> None:
@@ -80,13 +80,17 @@ def skeleton(student: nn.Module) -> nn.Module:
     return copy.deepcopy(student, memo)
 
 
-def shard(objective: Distillation, config: KDConfig, mesh: DeviceMesh) -> ShardedLoss:
+def shard(
+    objective: Distillation, config: KDConfig, mesh: DeviceMesh, reduce_dtype: torch.dtype = torch.float32
+) -> ShardedLoss:
     """Shard a prepared student (after :func:`~pyquant.recipes.kd_qat.set_up`), in place.
 
     Args:
         objective: of the whole student, in fp32, and a teacher that is on its device.
-        config: of the run; ``shard_teacher`` shards the teacher's blocks.
+        config: of the run; ``shard_teacher`` shards the teacher's blocks, ``keep_gathered`` gathers the student's once a
+            pass instead of twice.
         mesh: one-dimensional; parameters move to its devices, block by block.
+        reduce_dtype: what gradients are summed over processes in, where ``config.weights`` is ``bf16``.
 
     Returns:
         the loss, to be called with this process' windows; its gradients are means over the processes.
@@ -95,12 +99,12 @@ def shard(objective: Distillation, config: KDConfig, mesh: DeviceMesh) -> Sharde
     student, teacher = objective.student, objective.teacher
     policy = MixedPrecisionPolicy()
     if config.weights == "bf16":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
         inside = {id(m) for modules in _blocks(student) for _, m in modules}
         for modules in [*_blocks(student), [(n, m) for n, m in student.named_modules() if id(m) not in inside]]:
             _shard_scales(modules, config, mesh)
     for block in find_blocks(student)[1]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not config.keep_gathered)
     whole: set[nn.Parameter] = set()
     if teacher is not None:
         if config.shard_teacher:
@@ -129,11 +133,11 @@ def _shard_scales(modules: list[tuple[str, nn.Module]], config: KDConfig, mesh: 
         ):
             continue
         if config.freeze and matches(name, config.freeze):
-            fully_shard(layer.quantizer, mesh=mesh)
+            fully_shard(layer.quantizer, mesh=mesh, reshard_after_forward=not config.keep_gathered)
         else:
             together.append(layer.quantizer)
     if together:
-        fully_shard(together, mesh=mesh)
+        fully_shard(together, mesh=mesh, reshard_after_forward=not config.keep_gathered)
 
 
 # ------------------------------------------------------------------------------------------------ rows of this process
