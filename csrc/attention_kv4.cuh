@@ -484,7 +484,8 @@ struct Warp {
         }
 #pragma unroll
         for (int n = 0; n < NT; ++n) offset[n][0] = minus[n][0], offset[n][1] = minus[n][1];
-        if constexpr (NT == 4) add_offset();  // registers are short: not kept until the next unit
+        if constexpr (NT == 4 || NT * S::kPieces >= 32)
+            add_offset();  // registers are short: not kept until the next unit
     }
 
     // The pieces of a head as many at a time as lie together, then what is left.
