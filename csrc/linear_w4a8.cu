@@ -29,9 +29,12 @@ struct Way {
     double stage[3], ends[3];
 };
 constexpr Way kWays[] = {
-    {16, 128, 16, 2, false, {273, 384, 270}, {4, 5, 8}},   {32, 128, 32, 2, true, {305, 421, 323}, {6, 4, 6}},
-    {64, 128, 64, 2, false, {403, 494, 376}, {10, 7, 10}}, {192064, 192, 64, 1, true, {600, 590}, {4, 8}},
-    {192128, 192, 128, 1, false, {866, 870}, {5, 12}},     {256, 128, 256, 1, true, {1061, 1073}, {9, 18}},
+    {16, 128, 16, 2, false, {273, 384, 270}, {4, 5, 8}},    //
+    {32, 128, 32, 2, true, {305, 421, 323}, {6, 4, 6}},     //
+    {64, 128, 64, 2, false, {403, 494, 376}, {10, 7, 10}},  //
+    {192064, 192, 64, 1, true, {420, 420}, {4, 8}},         // these two are counted
+    {192128, 192, 128, 1, false, {520, 520}, {5, 12}},      //
+    {256, 128, 256, 1, true, {1080, 1120}, {9, 15}},        //
 };
 
 struct Choice {
@@ -45,6 +48,7 @@ Choice choose(const LinearA8Call& call, int kind, int multiprocessors, int force
     double least = 0;
     for (const Way& way : kWays) {
         if ((way.plain && kind > 0) || (kind == 2 && way.tokens > 64)) continue;
+        if (kind == 0 && way.tokens > 16 && way.tokens >= 2 * call.m) continue;
         const double tiles = static_cast<double>(ceil_div(call.n, way.rows) * ceil_div(call.m, way.tokens));
         for (int cut = 0; cut < 3; ++cut) {
             // Fewer whole tiles than multiprocessors leave those alone that the costs take for shared.

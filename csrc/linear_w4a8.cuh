@@ -5,8 +5,9 @@
 //   P   int8: the exact integer sum of codes; e4m3: the tensor cores' fp32 sum. S: the sum of x's codes over the piece.
 //
 //               K ->
-//   128 rows    strip 2i      warpgroup 0     weights are the A operand, in registers: two words of the tiled order are
-//   of w        strip 2i + 1  warpgroup 1     one k32 fragment, made with three instructions a word
+//   64 rows     strip 2i      warpgroup 0     weights are the A operand, in registers: two words of the tiled order are
+//   of w each   strip 2i + 1  warpgroup 1     one k32 fragment, made with three instructions a word. Two warpgroups, or
+//                                             three
 //
 //   BN tokens   codes of x, 128 columns a stage, 128-byte swizzle: the B operand, in shared memory
 //
@@ -15,12 +16,14 @@
 //                    g + 8: no zero is left, and s_w / 16 undoes the factor.
 //   zeros            w & 0x0f0f0f0f and w >> 4 & 0x0f0f0f0f: the codes; S corrects by the zero.
 //   e4m3             the same bytes: 0 .. 15 read as e4m3 are code * 2^-9 exactly (subnormal numbers and the first
-//   normal
-//                    ones), so e4m3 needs no conversion; zeros, and the 8 of symmetric weights, through S.
+//                    normal ones), so e4m3 needs no conversion; zeros, and the 8 of symmetric weights, through S.
 //
 // Sums become fp32 once in 128 columns (32 in groups smaller than that, the plain and slow way), as s_w changes: for
-// m64 that is 1 conversion and 1 multiply-add a result, half of the time of its tensor instructions at two a cycle. So
-// the tile is cut into chunks of tokens with two sets of sums: while one chunk multiplies, the one before is added up.
+// m64 that is 1 conversion and 1 multiply-add a result, half of the time of its tensor instructions at two a cycle.
+// Warpgroups that are left alone share the tensor cores evenly, so that they end together and the tensor cores idle
+// while all add up: measured, the time is that of both. Three of them therefore take turns, by named barriers: one
+// multiplies, the others add up and make fragments. Two in one tile have two sets of sums instead: while one chunk of
+// tokens multiplies, the one before is added up. Below 128 tokens there are two blocks a multiprocessor, which drift.
 //
 // Copies, programmatic launch, whole tiles or stream-K: as in linear_wgmma.cuh.
 #pragma once
@@ -55,14 +58,14 @@ enum class Kind { symmetric, grouped, zeros, e4m3 };
 __host__ __device__ constexpr bool is_signed(Kind kind) { return kind == Kind::symmetric || kind == Kind::grouped; }
 
 // 64 GROUPS rows of the weight, a warpgroup each, x BN tokens, CHUNK of them a wgmma, with BUFFERS sets of their sums.
-template <int GROUPS, int BN, int CHUNK = BN, int BUFFERS = 1, bool TURNS = false>
+template <int GROUPS, int BN, int CHUNK = BN, int BUFFERS = 1>
 struct Tile {
-    static constexpr bool kTurns = TURNS;
     static constexpr int kGroups = GROUPS, kTokens = BN, kChunk = CHUNK, kBuffers = BUFFERS;
     static constexpr int kRows = GROUPS * kStrip;
     static constexpr int kComputeThreads = GROUPS * 128, kThreads = kComputeThreads + 128;  // and those that copy
     static constexpr int kBlocks = GROUPS == 2 && BN < 128 ? 2 : 1;                         // a multiprocessor
     static constexpr int kSharedMemory = kBlocks == 1 ? 227 << 10 : 113 << 10;
+    static constexpr bool kTurns = GROUPS > 2;                            // at the tensor cores
     static constexpr int kOutTokens = BN < 32 ? BN : BN < 128 ? 32 : 64;  // tokens of a tile written at a time
     // Registers of a thread that computes, and of one that copies: together those that the block begins with.
     static constexpr bool kMoveRegisters = BN >= 32 || GROUPS > 2;
@@ -368,7 +371,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                         for (int chunk = 0; chunk < kChunks; ++chunk) {
                             if constexpr (T::kTurns) ptx::named_barrier(kTurn + group, 256);
                             multiply(chunk, part[0], a, 4, 0, stage);
-                            if constexpr (T::kTurns) ptx::named_arrive(kTurn + (group + 1) % kGroups, 256);
+                            if constexpr (T::kTurns)
+                                ptx::named_arrive(group + 1 < kGroups ? kTurn + group + 1 : kTurn, 256);
                             if (chunk == 0) {
                                 at.next();
                                 if (kAhead && step + 1 < end) fetch();

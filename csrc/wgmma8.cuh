@@ -61,22 +61,6 @@ namespace pyquant::ptx {
         : PYQUANT_R16(F, 0), PYQUANT_R16(F, 16), PYQUANT_R16(F, 32), PYQUANT_R16(F, 48) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
 
-#define PYQUANT_WGMMA8_192(TYPES, F, END)                                                                    \
-    asm volatile(                                                                                            \
-        "{ .reg .pred p; setp.ne.b32 p, %101, 0;\n"                                                          \
-        "wgmma.mma_async.sync.aligned.m64n192k32." TYPES                                                     \
-        " {"                                                                                                 \
-        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                             \
-        "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                   \
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                   \
-        "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"                                   \
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                                   \
-        "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95}, "                                 \
-        "{%96,%97,%98,%99}, %100, p" END "; }\n"                                                             \
-        : PYQUANT_R16(F, 0), PYQUANT_R16(F, 16), PYQUANT_R16(F, 32), PYQUANT_R16(F, 48), PYQUANT_R16(F, 64), \
-          PYQUANT_R16(F, 80)                                                                                 \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate))
-
 __device__ __forceinline__ void wgmma8(int (&d)[8], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PYQUANT_WGMMA8_16("s32.s8.s8", PYQUANT_INT, "");
 }
@@ -101,28 +85,6 @@ __device__ __forceinline__ void wgmma8(int (&d)[64], const uint32_t (&a)[4], uin
 __device__ __forceinline__ void wgmma8(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PYQUANT_WGMMA8_128("f32.e4m3.e4m3", PYQUANT_FLOAT, ", 1, 1");
 }
-__device__ __forceinline__ void wgmma8(int (&d)[96], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-    PYQUANT_WGMMA8_192("s32.s8.s8", PYQUANT_INT, "");
-}
-__device__ __forceinline__ void wgmma8(float (&d)[96], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-    PYQUANT_WGMMA8_192("f32.e4m3.e4m3", PYQUANT_FLOAT, ", 1, 1");
-}
-
-// copy_box to the same place in the shared memory of several blocks of a cluster, completing on the barrier of each.
-__device__ __forceinline__ void copy_box_to(void* shared, const void* map, int column, int row, uint64_t* barrier,
-                                            uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
-        : "memory");
-}
-// Arrive at a barrier of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_shared(barrier, rank))
-                 : "memory");
-}
-
 // Arrive at a barrier of `count` threads without waiting; the others call named_barrier.
 __device__ __forceinline__ void named_arrive(int id, int count) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
