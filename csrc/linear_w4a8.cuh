@@ -20,10 +20,9 @@
 //
 // Sums become fp32 once in 128 columns (32 in groups smaller than that, the plain and slow way), as s_w changes: for
 // m64 that is 1 conversion and 1 multiply-add a result, half of the time of its tensor instructions at two a cycle.
-// Warpgroups that are left alone share the tensor cores evenly, so that they end together and the tensor cores idle
-// while all add up: measured, the time is that of both. Three of them therefore take turns, by named barriers: one
-// multiplies, the others add up and make fragments. Two in one tile have two sets of sums instead: while one chunk of
-// tokens multiplies, the one before is added up. Below 128 tokens there are two blocks a multiprocessor, which drift.
+// Other warpgroups, of the block or of a second one, multiply meanwhile. Two warpgroups with the largest tile pass the
+// tensor cores on by named barriers, so that they do not promote both at once; three, and smaller tiles, are faster
+// left alone.
 //
 // Copies, programmatic launch, whole tiles or stream-K: as in linear_wgmma.cuh.
 #pragma once
@@ -57,24 +56,22 @@ constexpr int kOutPad = 8;                        // elements between tokens of 
 enum class Kind { symmetric, grouped, zeros, e4m3 };
 __host__ __device__ constexpr bool is_signed(Kind kind) { return kind == Kind::symmetric || kind == Kind::grouped; }
 
-// 64 GROUPS rows of the weight, a warpgroup each, x BN tokens, CHUNK of them a wgmma, with BUFFERS sets of their sums.
-template <int GROUPS, int BN, int CHUNK = BN, int BUFFERS = 1>
+// 64 GROUPS rows of the weight, a warpgroup each, x BN tokens, CHUNK of them a wgmma. TURNS: at the tensor cores.
+template <int GROUPS, int BN, int CHUNK = BN, bool TURNS = false>
 struct Tile {
-    static constexpr int kGroups = GROUPS, kTokens = BN, kChunk = CHUNK, kBuffers = BUFFERS;
+    static constexpr int kGroups = GROUPS, kTokens = BN, kChunk = CHUNK;
     static constexpr int kRows = GROUPS * kStrip;
     static constexpr int kComputeThreads = GROUPS * 128, kThreads = kComputeThreads + 128;  // and those that copy
     static constexpr int kBlocks = GROUPS == 2 && BN < 128 ? 2 : 1;                         // a multiprocessor
     static constexpr int kSharedMemory = kBlocks == 1 ? 227 << 10 : 113 << 10;
-    static constexpr bool kTurns = GROUPS > 2;                            // at the tensor cores
+    static constexpr bool kTurns = TURNS;
     static constexpr int kOutTokens = BN < 32 ? BN : BN < 128 ? 32 : 64;  // tokens of a tile written at a time
     // Registers of a thread that computes, and of one that copies: together those that the block begins with.
     static constexpr bool kMoveRegisters = BN >= 32 || GROUPS > 2;
-    static constexpr int kRegisters = kBlocks == 2 ? 96 : GROUPS == 2 ? 232 : GROUPS == 3 ? 160 : 104;
-    static constexpr int kCopyRegisters = kBlocks == 2 ? 48 : GROUPS == 2 ? 40 : GROUPS == 3 ? 32 : 64;
-    static constexpr int kCopiers = GROUPS > 3 ? 2 : GROUPS;  // warps that copy weights, of kCopyStrips strips each
-    static constexpr int kCopyStrips = GROUPS / kCopiers;
+    static constexpr int kRegisters = kBlocks == 2 ? 96 : GROUPS == 2 ? 232 : 160;
+    static constexpr int kCopyRegisters = kBlocks == 2 ? 48 : GROUPS == 2 ? 40 : 32;
     static constexpr int64_t kPartialBytes = int64_t{kRows} * BN * 4;
-    static_assert(GROUPS >= 2 && GROUPS <= 4 && BN % CHUNK == 0);
+    static_assert((GROUPS == 2 || GROUPS == 3) && BN % CHUNK == 0);
 };
 
 // STEP: columns after which sums become fp32, 128 or 32.
@@ -103,7 +100,6 @@ struct Problem : Tiles {
     int m, n, k, units, groups, strips;
     int group, act_group;  // columns; 0: one scale, held in registers or left to the end
     int act_groups, sum_groups, m4;
-    int64_t strip_bytes;
     bool half;  // scales, bias and y are fp16
     bool wide;  // y is fp32
 };
@@ -144,11 +140,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // on other GPUs linear_w4a8.cu never launches it
     using S = Shared<T, KIND, STEP>;
     using Sum = std::conditional_t<KIND == Kind::e4m3, float, int>;
-    constexpr int BN = T::kTokens, CHUNK = T::kChunk, BUFFERS = T::kBuffers;
+    constexpr int BN = T::kTokens, CHUNK = T::kChunk;
     constexpr int kGroups = T::kGroups, kComputeThreads = T::kComputeThreads;
     constexpr int kChunks = BN / CHUNK, kChunkSums = CHUNK / 2;
     constexpr bool kSums = S::kSums, kAct = S::kAct;
-    static_assert(BUFFERS == 1 || (kChunks % 2 == 0 && STEP == kStageK));
     extern __shared__ __align__(1024) unsigned char memory[];
     S& shared = *reinterpret_cast<S*>(memory);
     const int thread = threadIdx.x,
@@ -156,7 +151,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     ptx::launch_dependents();
     if (thread == 0) {
         for (int i = 0; i < S::kStages; ++i) {
-            ptx::barrier_init(&shared.full[i], T::kCopiers + 1);
+            ptx::barrier_init(&shared.full[i], kGroups + 1);
             ptx::barrier_init(&shared.empty[i], kComputeThreads / 32);
         }
         ptx::barrier_init_fence();
@@ -182,11 +177,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
         if constexpr (T::kMoveRegisters) ptx::give_registers<T::kCopyRegisters>();
         const int role = thread / 32 - kComputeThreads / 32;
         Cursor<S::kStages> at;
-        if (thread % 32 == 0 && role < T::kCopiers) {  // weights and scales of kCopyStrips strips
+        if (thread % 32 == 0 && role < kGroups) {  // weights and scales of one strip
             for (Work<false> work(p); work.more(); work.next(p)) {
-                const int strip = tile_at(work.tile, p).x * kGroups + role * T::kCopyStrips;
-                const int strips = min(max(p.strips - strip, 0), T::kCopyStrips);
-                const unsigned char* weight = qweight + strip * p.strip_bytes + int64_t{work.begin} * kStageBytes;
+                const int strip = tile_at(work.tile, p).x * kGroups + role;
+                const bool there = strip < p.strips;
+                const unsigned char* weight = qweight + (int64_t{strip} * p.units + work.begin * kUnits) * kUnitBytes;
 #pragma unroll 1
                 for (int step = work.begin; step < work.end; ++step) {
                     const int bytes = min(kUnits, p.units - step * kUnits) * kUnitBytes;
@@ -196,23 +191,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                         values = min(kStageK / p.group, p.groups - first) * kStrip;
                     }
                     const bool zeros = kSums && zero != nullptr;
+                    const int64_t from = (int64_t{strip} * p.groups + first) * kStrip;
                     ptx::barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
                     uint64_t* full = &shared.full[at.stage];
-                    ptx::barrier_expect(full, strips * (bytes + values * 2 + (zeros ? values : 0)));
-#pragma unroll
-                    for (int i = 0; i < T::kCopyStrips; ++i) {
-                        if (i >= strips) break;
-                        const int own = role * T::kCopyStrips + i;
-                        const int64_t from = (int64_t{strip + i} * p.groups + first) * kStrip;
-                        ptx::copy_bulk(shared.weight[at.stage][own], weight + i * p.strip_bytes, bytes, full);
-                        if (values) ptx::copy_bulk(shared.scale[at.stage][own], scale + from, values * 2, full);
-                        if (values && zeros) ptx::copy_bulk(shared.zero[at.stage][own], zero + from, values, full);
+                    ptx::barrier_expect(full, there ? bytes + values * 2 + (zeros ? values : 0) : 0);
+                    if (there) {
+                        ptx::copy_bulk(shared.weight[at.stage][role], weight, bytes, full);
+                        if (values) ptx::copy_bulk(shared.scale[at.stage][role], scale + from, values * 2, full);
+                        if (values && zeros) ptx::copy_bulk(shared.zero[at.stage][role], zero + from, values, full);
                     }
                     weight += kStageBytes;
                     at.next();
                 }
             }
-        } else if (thread % 32 == 0 && role == T::kCopiers) {  // x
+        } else if (thread % 32 == 0 && role == kGroups) {  // x
             ptx::prefetch_map(&x_map);
             ptx::wait_for_predecessor();  // x may be another kernel's until here
             for (Work<false> work(p); work.more(); work.next(p)) {
@@ -265,7 +257,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
             constexpr float kFactor = is_signed(KIND) ? 0x1p-4f : KIND == Kind::e4m3 ? 0x1p9f : 1.0f;
             constexpr float kZeroFactor = KIND == Kind::e4m3 ? 0x1p-9f : 1.0f;
             float acc[BN / 2];
-            Sum part[BUFFERS][kChunkSums];
+            Sum part[kChunkSums];
 #pragma unroll
             for (int i = 0; i < BN / 2; ++i) acc[i] = 0.0f;
             float s[2] = {}, z[2] = {};  // of rows g and g + 8
@@ -356,61 +348,31 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                         ptx::settle(a[2 * u]), ptx::settle(a[2 * u + 1]);  // nor between products
                     }
                 };
-                if constexpr (BUFFERS == 1) {
-                    constexpr bool kAhead = BN >= 64;  // below that memory is slower: nothing waits for what comes next
-                    // While the first chunk multiplies, the next stage's weights come; the other warpgroups keep the
-                    // tensor cores busy while sums are added up.
-                    if (kAhead) fetch();
+                constexpr bool kAhead = BN >= 64;  // below that memory is slower: nothing waits for what comes next
+                // While the first chunk multiplies, the next stage's weights come; the other warpgroups keep the
+                // tensor cores busy while sums are added up.
+                if (kAhead) fetch();
 #pragma unroll 1
-                    for (int step = begin; step < end; ++step) {
-                        const int stage = at.stage;
-                        if (!kAhead) fetch();
-                        make_fragments(stage);
-                        if (p.group) take_scale(raw);
+                for (int step = begin; step < end; ++step) {
+                    const int stage = at.stage;
+                    if (!kAhead) fetch();
+                    make_fragments(stage);
+                    if (p.group) take_scale(raw);
 #pragma unroll
-                        for (int chunk = 0; chunk < kChunks; ++chunk) {
-                            if constexpr (T::kTurns) ptx::named_barrier(kTurn + group, 256);
-                            multiply(chunk, part[0], a, 4, 0, stage);
-                            if constexpr (T::kTurns)
-                                ptx::named_arrive(group + 1 < kGroups ? kTurn + group + 1 : kTurn, 256);
-                            if (chunk == 0) {
-                                at.next();
-                                if (kAhead && step + 1 < end) fetch();
-                            }
-                            ptx::wgmma_wait<0>();
-                            if (chunk == kChunks - 1 && !kSums && !kAct) release(stage);
-                            promote(chunk, part[0], s, z, stage, 0, 0);
+                    for (int chunk = 0; chunk < kChunks; ++chunk) {
+                        if constexpr (T::kTurns) ptx::named_barrier(kTurn + group, 256);
+                        multiply(chunk, part, a, 4, 0, stage);
+                        if constexpr (T::kTurns)
+                            ptx::named_arrive(group + 1 < kGroups ? kTurn + group + 1 : kTurn, 256);
+                        if (chunk == 0) {
+                            at.next();
+                            if (kAhead && step + 1 < end) fetch();
                         }
-                        if (kSums || kAct) release(stage);
+                        ptx::wgmma_wait<0>();
+                        if (chunk == kChunks - 1 && !kSums && !kAct) release(stage);
+                        promote(chunk, part, s, z, stage, 0, 0);
                     }
-                } else {
-                    float s_before[2] = {}, z_before[2] = {};  // of the stage before, whose last chunk still multiplies
-                    int before = -1;
-#pragma unroll
-                    for (int i = 0; i < kChunkSums; ++i) part[1][i] = 0;
-                    for (int step = begin; step < end; ++step) {
-                        fetch();
-                        if (p.group) take_scale(raw);
-                        ptx::wgmma_wait<0>();  // nothing reads the fragments any more
-                        make_fragments(at.stage);
-#pragma unroll
-                        for (int chunk = 0; chunk < kChunks; ++chunk) {
-                            multiply(chunk, part[chunk % 2], a, 4, 0, at.stage);
-                            if (chunk == 0) {
-                                promote(kChunks - 1, part[1], s_before, z_before, before < 0 ? at.stage : before, 0, 0);
-                                if (before >= 0) release(before);
-                            } else {
-                                ptx::wgmma_wait<1>();
-                                promote(chunk - 1, part[(chunk - 1) % 2], s, z, at.stage, 0, 0);
-                            }
-                        }
-                        before = at.stage;
-                        s_before[0] = s[0], s_before[1] = s[1], z_before[0] = z[0], z_before[1] = z[1];
-                        at.next();
-                    }
-                    ptx::wgmma_wait<0>();
-                    promote(kChunks - 1, part[1], s_before, z_before, before, 0, 0);
-                    release(before);
+                    if (kSums || kAct) release(stage);
                 }
             } else {  // 32 columns at a time
                 for (int step = begin; step < end; ++step) {
@@ -430,9 +392,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                         to_fragment<KIND>(a[0], words.x, words.y);
 #pragma unroll
                         for (int chunk = 0; chunk < kChunks; ++chunk) {
-                            multiply(chunk, part[0], a, 1, quarter, at.stage);
+                            multiply(chunk, part, a, 1, quarter, at.stage);
                             ptx::wgmma_wait<0>();
-                            promote(chunk, part[0], s, z, at.stage, quarter, own_act);
+                            promote(chunk, part, s, z, at.stage, quarter, own_act);
                         }
                     }
                     release(at.stage);
@@ -457,6 +419,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                     ptx::take_flag(reinterpret_cast<uint32_t*>(workspace) + block);
                 }
                 ptx::named_barrier(1, kComputeThreads);
+#pragma unroll 1
                 for (int block = worker(p) - 1; block >= first; --block) {
                     const float4* from =
                         reinterpret_cast<const float4*>(workspace + kFlagBytes + block * T::kPartialBytes) + thread;
@@ -475,16 +438,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
                 add[0] = n < p.n ? scale_bits(bias[n], p.half) : 0.0f;
                 add[1] = n + 8 < p.n ? scale_bits(bias[n + 8], p.half) : 0.0f;
             }
+            if (p.act_group == 0) {  // s_a of all tokens at once, through the memory that turns the result
+                float* own = reinterpret_cast<float*>(shared.out[group][0]);
+                for (int i = within; i < BN; i += 128) own[i] = m0 + i < p.m4 ? __ldcg(act_scale + m0 + i) : 0.0f;
+                ptx::named_barrier(2 + group, 128);
 #pragma unroll
-            for (int j = 0; j < BN / 8; ++j) {
-                const int m = m0 + 8 * j + 2 * c;
-                float own[2] = {1.0f, 1.0f};
-                if (p.act_group == 0) {
-                    own[0] = m < p.m4 ? __ldcg(act_scale + m) : 0.0f,
-                    own[1] = m < p.m4 ? __ldcg(act_scale + m + 1) : 0.0f;
+                for (int j = 0; j < BN / 8; ++j) {
+                    const float2 two = *reinterpret_cast<const float2*>(own + 8 * j + 2 * c);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        acc[4 * j + i] = fmaf(acc[4 * j + i], i % 2 ? two.y : two.x, add[i / 2]);
+                    }
                 }
+                ptx::named_barrier(2 + group, 128);  // the result takes its place
+            } else {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) acc[4 * j + i] = acc[4 * j + i] * own[i % 2] + add[i / 2];
+                for (int i = 0; i < BN / 2; ++i) acc[i] += add[i / 2 % 2];
             }
             if (p.wide) {
 #pragma unroll
@@ -566,7 +535,6 @@ void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t
     p.act_group = static_cast<int>(std::max<int64_t>(call.act_group_size, 0));
     p.act_groups = p.act_group ? static_cast<int>(ceil_div(call.k, p.act_group)) : 1;
     p.sum_groups = static_cast<int>(ceil_div(call.k, STEP));
-    p.strip_bytes = int64_t{p.units} * kUnitBytes;
     p.m4 = static_cast<int>(act8_rows(call.m));
     p.half = call.scale_dtype == 1, p.wide = call.y_dtype == 2;
     p.row_blocks = static_cast<int>(ceil_div(call.n, T::kRows)), p.pairs = 0;
@@ -609,7 +577,7 @@ bool launch_tile(const LinearA8Call& call, bool fine, int tile, int cut, int mul
         if (tile == 192128) run = launch<Tile<3, 128>, KIND>;
         if constexpr (kPlain) {
             if (tile == 32) run = launch<Tile<2, 32>, KIND>;
-            if (tile == 256) run = launch<Tile<2, 256, 64, 2>, KIND>;
+            if (tile == 256) run = launch<Tile<2, 256, 128, true>, KIND>;
             if (tile == 192064) run = launch<Tile<3, 64>, KIND>;
         }
     }
