@@ -23,12 +23,10 @@ GROUP = 128
 # about 13 bits of the largest of 32 terms, and codes are corrected by 8: an error of about 2^-8.
 GATE = {torch.int8: 2.0**-8, act8.FP8: 2.0**-7}
 NAMES = {torch.int8: "int8", act8.FP8: "e4m3"}
-TILES = {  # of csrc/linear_w4a8*.cu: (tokens, cut)
-    "symmetric": [
-        (t, c) for t in (16, 32, 64, 128, 256, 1128, 1256, 2128, 2256, 3256) for c in ((0, 1, 2) if t < 128 else (0, 1))
-    ]
+TILES = {  # of csrc/linear_w4a8.cu: (name, cut)
+    "symmetric": [(t, c) for t in (16, 32, 64, 192064, 192128, 256) for c in ((0, 1, 2) if t <= 64 else (0, 1))]
     + [(8, 0)],
-    "zeros": [(t, c) for t in (16, 64, 128, 256) for c in ((0, 1, 2) if t < 128 else (0, 1))] + [(8, 0)],
+    "zeros": [(t, c) for t in (16, 64, 192128) for c in ((0, 1, 2) if t <= 64 else (0, 1))] + [(8, 0)],
     "fine": [(t, c) for t in (16, 64) for c in (0, 1, 2)] + [(8, 0)],
 }
 SHAPES = [

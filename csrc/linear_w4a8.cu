@@ -12,48 +12,53 @@
 
 namespace pyquant {
 
-bool linear_w4a8_symmetric(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
-bool linear_w4a8_grouped(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
-bool linear_w4a8_zeros(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
-bool linear_w4a8_e4m3(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream);
+bool linear_w4a8_symmetric(const LinearA8Call& call, int tile, int cut, int multiprocessors, cudaStream_t stream);
+bool linear_w4a8_grouped(const LinearA8Call& call, int tile, int cut, int multiprocessors, cudaStream_t stream);
+bool linear_w4a8_zeros(const LinearA8Call& call, int tile, int cut, int multiprocessors, cudaStream_t stream);
+bool linear_w4a8_e4m3(const LinearA8Call& call, int tile, int cut, int multiprocessors, cudaStream_t stream);
 
 namespace {
 
-// What a tile of 128 rows costs: cycles for a stage of 128 columns on a multiprocessor, and the ends of a launch in
-// nanoseconds where tiles are cut.
-struct Cost {
-    int tokens;
-    double cycles, cut_ends;
+// A tile by its name (tokens, and rows before them where they are not 128), and what it costs by the way the work is
+// cut: whole tiles, or stream-K over one or two blocks a multiprocessor. Nanoseconds for 128 columns of a tile on a
+// multiprocessor, and microseconds for the ends of a launch; 0: not so. Lines through the times of symmetric weights on
+// an H200 (benchmarks/NOTES.md); the other kinds take longer, by much the same factor at every tile.
+struct Way {
+    int name, rows, tokens, blocks;  // blocks of a multiprocessor
+    bool plain;                      // for symmetric weights with one scale a token only
+    double stage[3], ends[3];
 };
-constexpr Cost kCosts[] = {{16, 300, 5000}, {32, 320, 6000}, {64, 380, 7000}, {128, 620, 9000}, {256, 1130, 20000}};
-constexpr double kWholeEnds = 2500;
+constexpr Way kWays[] = {
+    {16, 128, 16, 2, false, {262, 378, 261}, {4, 5, 7.5}},    //
+    {32, 128, 32, 2, true, {298, 413, 307}, {4.5, 4, 5.5}},   //
+    {64, 128, 64, 2, false, {405, 495, 376}, {8, 5.5, 8.5}},  //
+    {192064, 192, 64, 1, true, {600, 620}, {2.5, 6}},         //
+    {192128, 192, 128, 1, false, {820, 825}, {3.5, 9}},       //
+    {256, 128, 256, 1, true, {975, 1010}, {5, 14}},           //
+};
 
 struct Choice {
-    int tokens, cut;  // cut 0: whole tiles, else stream-K over this many blocks a multiprocessor
+    int tile, cut;
 };
 
-int blocks_on(int tokens) { return tokens >= 128 ? 1 : 2; }  // a multiprocessor
-
 // kind 0 symmetric, 1 others, 2 others with groups below 128.
-bool exists(int tokens, int kind) { return kind == 0 || (tokens != 32 && (kind == 1 || tokens <= 64)); }
-
-Choice choose(const LinearA8Call& call, int kind, int multiprocessors, int force_tokens, int force_cut) {
-    if (force_tokens > 0) return {force_tokens, std::max(force_cut, 0)};
+Choice choose(const LinearA8Call& call, int kind, int multiprocessors, int force_tile, int force_cut) {
+    if (force_tile > 0) return {force_tile, std::max(force_cut, 0)};
     Choice best{};
     double least = 0;
-    for (const Cost& cost : kCosts) {
-        const int tokens = cost.tokens;
-        if (!exists(tokens, kind) || (tokens > 16 && exists(tokens / 2, kind) && tokens >= 2 * call.m)) continue;
-        const double tiles = static_cast<double>(ceil_div(call.n, 128) * ceil_div(call.m, tokens));
-        const double bytes = 0.52 * call.n * call.k + 1.0 * call.m * call.k + 2.0 * call.m * call.n;
-        for (int cut = 0; cut <= blocks_on(tokens); ++cut) {
-            const bool uneven = cut == 0 && blocks_on(tokens) > 1 && tiles < multiprocessors;
+    for (const Way& way : kWays) {
+        if ((way.plain && kind > 0) || (kind == 2 && way.tokens > 64)) continue;
+        if (kind == 0 && way.tokens > 16 && way.tokens >= 2 * call.m) continue;
+        const double tiles = static_cast<double>(ceil_div(call.n, way.rows) * ceil_div(call.m, way.tokens));
+        for (int cut = 0; cut < 3; ++cut) {
+            // Fewer whole tiles than multiprocessors leave those alone that the costs take for shared.
+            const bool uneven = cut == 0 && way.blocks > 1 && tiles < multiprocessors;
+            if (way.stage[cut] == 0) continue;
             if (force_cut >= 0 ? cut != force_cut : call.workspace == nullptr ? cut > 0 : uneven) continue;
             const double turns = cut ? tiles / multiprocessors : std::ceil(tiles / multiprocessors);
-            const double cycles = cost.cycles * static_cast<double>(ceil_div(call.k, 128));
             const double time =
-                std::max(bytes / 4400, turns * cycles / 1.6) + (cut ? cost.cut_ends + (cut - 1) * 1500 : kWholeEnds);
-            if (least == 0 || time < least) least = time, best = {tokens, cut};
+                turns * static_cast<double>(ceil_div(call.k, 128)) * way.stage[cut] * 1e-3 + way.ends[cut];
+            if (least == 0 || time < least) least = time, best = {way.name, cut};
         }
     }
     return best;
@@ -63,9 +68,8 @@ Choice choose(const LinearA8Call& call, int kind, int multiprocessors, int force
 
 int64_t linear_w4a8_workspace(int multiprocessors) {
     int64_t most = 0;
-    for (const int tokens : {16, 32, 64, 128, 256}) {
-        most = std::max(most, int64_t{multiprocessors} * blocks_on(tokens) * 128 * tokens * 4);
-    }
+    for (const Way& way : kWays)
+        most = std::max(most, int64_t{way.blocks} * way.rows * way.tokens * 4 * multiprocessors);
     return 4096 + most;  // flags first: stream_k.cuh
 }
 
@@ -103,9 +107,8 @@ void linear_w4a8(const LinearA8Call& call, int tokens, int variant, cudaStream_t
                      : call.fp8 ? linear_w4a8_e4m3
                      : sums     ? linear_w4a8_zeros
                                 : linear_w4a8_grouped;
-    const bool done = run(call, choice.tokens, choice.cut, device.multiprocessors, stream);
-    require(done,
-            "linear_w4a8: no kernel with tiles of " + std::to_string(choice.tokens) + " tokens for these arguments");
+    const bool done = run(call, choice.tile, choice.cut, device.multiprocessors, stream);
+    require(done, "linear_w4a8: no kernel with tile " + std::to_string(choice.tile) + " for these arguments");
 }
 
 }  // namespace pyquant

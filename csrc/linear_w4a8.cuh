@@ -5,8 +5,9 @@
 //   P   int8: the exact integer sum of codes; e4m3: the tensor cores' fp32 sum. S: the sum of x's codes over the piece.
 //
 //               K ->
-//   128 rows    strip 2i      warpgroup 0     weights are the A operand, in registers: two words of the tiled order are
-//   of w        strip 2i + 1  warpgroup 1     one k32 fragment, made with three instructions a word
+//   64 rows     strip 2i      warpgroup 0     weights are the A operand, in registers: two words of the tiled order are
+//   of w each   strip 2i + 1  warpgroup 1     one k32 fragment, made with three instructions a word. Two warpgroups, or
+//                                             three
 //
 //   BN tokens   codes of x, 128 columns a stage, 128-byte swizzle: the B operand, in shared memory
 //
@@ -15,12 +16,13 @@
 //                    g + 8: no zero is left, and s_w / 16 undoes the factor.
 //   zeros            w & 0x0f0f0f0f and w >> 4 & 0x0f0f0f0f: the codes; S corrects by the zero.
 //   e4m3             the same bytes: 0 .. 15 read as e4m3 are code * 2^-9 exactly (subnormal numbers and the first
-//   normal
-//                    ones), so e4m3 needs no conversion; zeros, and the 8 of symmetric weights, through S.
+//                    normal ones), so e4m3 needs no conversion; zeros, and the 8 of symmetric weights, through S.
 //
 // Sums become fp32 once in 128 columns (32 in groups smaller than that, the plain and slow way), as s_w changes: for
-// m64 that is 1 conversion and 1 multiply-add a result, half of the time of its tensor instructions at two a cycle. So
-// the tile is cut into chunks of tokens with two sets of sums: while one chunk multiplies, the one before is added up.
+// m64 that is 1 conversion and 1 multiply-add a result, half of the time of its tensor instructions at two a cycle.
+// Other warpgroups, of the block or of a second one, multiply meanwhile. Two warpgroups with the largest tile pass the
+// tensor cores on by named barriers, so that they do not promote both at once; three, and smaller tiles, are faster
+// left alone.
 //
 // Copies, programmatic launch, whole tiles or stream-K: as in linear_wgmma.cuh.
 #pragma once
@@ -41,14 +43,12 @@
 namespace pyquant {
 namespace {
 
-constexpr int kGroups = 2;               // warpgroups that compute, 64 rows each
-constexpr int kRows = kGroups * kStrip;  // 128
-constexpr int kComputeThreads = kGroups * 128;
-constexpr int kThreads = kComputeThreads + 128;  // and those that copy
 constexpr int kUnitBytes = kUnitWords * 4;
-constexpr int kUnits = 2;                 // of a stage
-constexpr int kStageK = kUnits * kUnitK;  // 128
-constexpr int kOutPad = 8;                // elements between tokens of a finished tile
+constexpr int kUnits = 2;                         // of a stage
+constexpr int kStageK = kUnits * kUnitK;          // 128
+constexpr int kStageBytes = kUnits * kUnitBytes;  // of a strip
+constexpr int kTurn = 8;                          // the first of the barriers by which warpgroups take turns
+constexpr int kOutPad = 8;                        // elements between tokens of a finished tile
 
 // What a weight and tokens are: symmetric, one scale a token; symmetric, scales of groups of tokens, or of the weight
 // below 128 columns; with zeros; e4m3 codes. The last two take sums of codes, and scales of groups of tokens where sums
@@ -56,28 +56,35 @@ constexpr int kOutPad = 8;                // elements between tokens of a finish
 enum class Kind { symmetric, grouped, zeros, e4m3 };
 __host__ __device__ constexpr bool is_signed(Kind kind) { return kind == Kind::symmetric || kind == Kind::grouped; }
 
-template <int BN>
-struct Config {
-    static constexpr int kBlocks = BN >= 128 ? 1 : 2;  // a multiprocessor
+// 64 GROUPS rows of the weight, a warpgroup each, x BN tokens, CHUNK of them a wgmma. TURNS: at the tensor cores.
+template <int GROUPS, int BN, int CHUNK = BN, bool TURNS = false>
+struct Tile {
+    static constexpr int kGroups = GROUPS, kTokens = BN, kChunk = CHUNK;
+    static constexpr int kRows = GROUPS * kStrip;
+    static constexpr int kComputeThreads = GROUPS * 128, kThreads = kComputeThreads + 128;  // and those that copy
+    static constexpr int kBlocks = GROUPS == 2 && BN < 128 ? 2 : 1;                         // a multiprocessor
     static constexpr int kSharedMemory = kBlocks == 1 ? 227 << 10 : 113 << 10;
+    static constexpr bool kTurns = TURNS;
     static constexpr int kOutTokens = BN < 32 ? BN : BN < 128 ? 32 : 64;  // tokens of a tile written at a time
     // Registers of a thread that computes, and of one that copies: together those that the block begins with.
-    static constexpr bool kMoveRegisters = BN >= 64;
-    static constexpr int kRegisters = BN >= 128 ? 232 : 96, kCopyRegisters = BN >= 128 ? 40 : 48;
+    static constexpr bool kMoveRegisters = BN >= 32 || GROUPS > 2;
+    static constexpr int kRegisters = kBlocks == 2 ? 96 : GROUPS == 2 ? 232 : 160;
+    static constexpr int kCopyRegisters = kBlocks == 2 ? 48 : GROUPS == 2 ? 40 : 32;
+    static constexpr int64_t kPartialBytes = int64_t{kRows} * BN * 4;
+    static_assert((GROUPS == 2 || GROUPS == 3) && BN % CHUNK == 0);
 };
 
 // STEP: columns after which sums become fp32, 128 or 32.
-template <int BN, Kind KIND, int STEP>
+template <typename T, Kind KIND, int STEP>
 struct Shared {
-    using C = Config<BN>;
+    static constexpr int BN = T::kTokens, kGroups = T::kGroups;
     static constexpr int kSteps = kStageK / STEP;
     static constexpr bool kSums = !is_signed(KIND);
     static constexpr bool kAct = KIND == Kind::grouped || (kSums && STEP < kStageK);  // tokens with scales of groups
-    static constexpr int kStageBytes = BN * kStageK + kGroups * (kUnits * kUnitBytes + kSteps * kStrip * 2) +
-                                       (kSums ? kSteps * (kGroups * kStrip + BN * 4) : 0) +
-                                       (kAct ? kSteps * BN * 4 : 0);
-    static constexpr int kOutBytes = kGroups * C::kOutTokens * (kStrip + kOutPad) * 2;
-    static constexpr int kFit = (C::kSharedMemory - kOutBytes - 1024) / kStageBytes;
+    static constexpr int kBytes = BN * kStageK + kGroups * (kStageBytes + kSteps * kStrip * 2) +
+                                  (kSums ? kSteps * (kGroups * kStrip + BN * 4) : 0) + (kAct ? kSteps * BN * 4 : 0);
+    static constexpr int kOutBytes = kGroups * T::kOutTokens * (kStrip + kOutPad) * 2;
+    static constexpr int kFit = (T::kSharedMemory - kOutBytes - 1024) / kBytes;
     static constexpr int kStages = kFit < 8 ? kFit : 8;
     alignas(1024) unsigned char x[kStages][BN][kStageK];
     alignas(128) unsigned char weight[kStages][kGroups][kUnits][kUnitBytes];
@@ -85,7 +92,7 @@ struct Shared {
     alignas(16) uint8_t zero[kSums ? kStages : 1][kGroups][kSteps][kStrip];
     alignas(16) float sums[kSums ? kStages : 1][kSteps][kSums ? BN : 4];
     alignas(16) float act[kAct ? kStages : 1][kSteps][kAct ? BN : 4];
-    alignas(16) uint16_t out[kGroups][C::kOutTokens][kStrip + kOutPad];
+    alignas(16) uint16_t out[kGroups][T::kOutTokens][kStrip + kOutPad];
     uint64_t full[kStages], empty[kStages];
 };
 
@@ -96,8 +103,6 @@ struct Problem : Tiles {
     bool half;  // scales, bias and y are fp16
     bool wide;  // y is fp32
 };
-
-__host__ __device__ constexpr int64_t partial_bytes(int tokens) { return int64_t{kRows} * tokens * 4; }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // (a & 0xf0f0f0f0) ^ 0x80808080 in one instruction (truth table 0x6A).
@@ -126,21 +131,19 @@ __device__ __forceinline__ float scale_bits(uint32_t bits, bool half) {  // of 1
 }
 #endif
 
-// CHUNK: tokens of a wgmma. BUFFERS: sets of sums.
-template <int BN, int CHUNK, int BUFFERS, Kind KIND, int STEP, int CLUSTER>
-__global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
+template <typename T, Kind KIND, int STEP>
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     w4a8_kernel(const __grid_constant__ CUtensorMap x_map, const float* __restrict__ act_scale,
                 const float* __restrict__ sums, const unsigned char* __restrict__ qweight,
                 const uint16_t* __restrict__ scale, const uint8_t* __restrict__ zero, const uint16_t* __restrict__ bias,
                 void* __restrict__ y, unsigned char* __restrict__ workspace, const Problem p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // on other GPUs linear_w4a8.cu never launches it
-    using C = Config<BN>;
-    using S = Shared<BN, KIND, STEP>;
+    using S = Shared<T, KIND, STEP>;
     using Sum = std::conditional_t<KIND == Kind::e4m3, float, int>;
+    constexpr int BN = T::kTokens, CHUNK = T::kChunk;
+    constexpr int kGroups = T::kGroups, kComputeThreads = T::kComputeThreads;
     constexpr int kChunks = BN / CHUNK, kChunkSums = CHUNK / 2;
     constexpr bool kSums = S::kSums, kAct = S::kAct;
-    static_assert(CLUSTER <= 2 && (CLUSTER == 1 || Config<BN>::kBlocks == 1));
-    static_assert(BUFFERS == 1 || (kChunks % 2 == 0 && STEP == kStageK));
     extern __shared__ __align__(1024) unsigned char memory[];
     S& shared = *reinterpret_cast<S*>(memory);
     const int thread = threadIdx.x,
@@ -149,43 +152,46 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
     if (thread == 0) {
         for (int i = 0; i < S::kStages; ++i) {
             ptx::barrier_init(&shared.full[i], kGroups + 1);
-            ptx::barrier_init(&shared.empty[i], CLUSTER * kComputeThreads / 32);
+            ptx::barrier_init(&shared.empty[i], kComputeThreads / 32);
         }
         ptx::barrier_init_fence();
     }
     // What copies leave out: scales of columns past K, where x is 0, and s_a where the token has one scale.
-    for (int i = thread; i < static_cast<int>(sizeof(shared.scale) / 2); i += kThreads)
+    for (int i = thread; i < static_cast<int>(sizeof(shared.scale) / 2); i += T::kThreads)
         (&shared.scale[0][0][0][0])[i] = 0;
     if constexpr (kSums) {
-        for (int i = thread; i < static_cast<int>(sizeof(shared.zero)); i += kThreads) {
+        for (int i = thread; i < static_cast<int>(sizeof(shared.zero)); i += T::kThreads) {
             (&shared.zero[0][0][0][0])[i] = kSymmetricZero;
         }
-        for (int i = thread; i < static_cast<int>(sizeof(shared.sums) / 4); i += kThreads)
+        for (int i = thread; i < static_cast<int>(sizeof(shared.sums) / 4); i += T::kThreads)
             (&shared.sums[0][0][0])[i] = 0.0f;
     }
     if constexpr (kAct) {
-        for (int i = thread; i < static_cast<int>(sizeof(shared.act) / 4); i += kThreads)
+        for (int i = thread; i < static_cast<int>(sizeof(shared.act) / 4); i += T::kThreads)
             (&shared.act[0][0][0])[i] = 1.0f;
     }
     ptx::fence_async();
-    CLUSTER > 1 ? ptx::cluster_sync() : __syncthreads();  // the other block arrives at this one's barriers
-    const int rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0;
+    __syncthreads();
 
     if (group == kGroups) {  // ---- copies --------------------------------------------------------------------------
-        if constexpr (C::kMoveRegisters) ptx::give_registers<C::kCopyRegisters>();
+        if constexpr (T::kMoveRegisters) ptx::give_registers<T::kCopyRegisters>();
         const int role = thread / 32 - kComputeThreads / 32;
         Cursor<S::kStages> at;
         if (thread % 32 == 0 && role < kGroups) {  // weights and scales of one strip
             for (Work<false> work(p); work.more(); work.next(p)) {
-                const int64_t strip = (tile_at(work.tile, p).x * CLUSTER + rank) * kGroups + role;
+                const int strip = tile_at(work.tile, p).x * kGroups + role;
                 const bool there = strip < p.strips;
-                const unsigned char* weight = qweight + (strip * p.units + work.begin * kUnits) * kUnitBytes;
+                const unsigned char* weight = qweight + (int64_t{strip} * p.units + work.begin * kUnits) * kUnitBytes;
+#pragma unroll 1
                 for (int step = work.begin; step < work.end; ++step) {
                     const int bytes = min(kUnits, p.units - step * kUnits) * kUnitBytes;
-                    const int first = p.group ? step * kStageK / p.group : 0;
-                    const int values = p.group ? min(max(kStageK / p.group, 1), p.groups - first) * kStrip : 0;
+                    int first = step, values = p.group ? kStrip : 0;  // groups of 128, or smaller ones
+                    if (STEP < kStageK && p.group) {
+                        first = step * kStageK / p.group;
+                        values = min(kStageK / p.group, p.groups - first) * kStrip;
+                    }
                     const bool zeros = kSums && zero != nullptr;
-                    const int64_t from = (strip * p.groups + first) * kStrip;
+                    const int64_t from = (int64_t{strip} * p.groups + first) * kStrip;
                     ptx::barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
                     uint64_t* full = &shared.full[at.stage];
                     ptx::barrier_expect(full, there ? bytes + values * 2 + (zeros ? values : 0) : 0);
@@ -194,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                         if (values) ptx::copy_bulk(shared.scale[at.stage][role], scale + from, values * 2, full);
                         if (values && zeros) ptx::copy_bulk(shared.zero[at.stage][role], zero + from, values, full);
                     }
-                    weight += kUnits * kUnitBytes;
+                    weight += kStageBytes;
                     at.next();
                 }
             }
@@ -204,6 +210,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             for (Work<false> work(p); work.more(); work.next(p)) {
                 const int token = tile_at(work.tile, p).y * BN;
                 const int row_bytes = min(BN, p.m4 - token) * 4;
+#pragma unroll 1
                 for (int step = work.begin; step < work.end; ++step) {
                     uint64_t* full = &shared.full[at.stage];
                     int sum_rows = 0, act_rows = 0, sum_first = 0, act_first = 0;
@@ -212,18 +219,15 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                         sum_rows = min(S::kSteps, p.sum_groups - sum_first);
                     }
                     if (kAct && p.act_group) {
-                        act_first = step * kStageK / p.act_group;
-                        act_rows = min(max(kStageK / p.act_group, 1), p.act_groups - act_first);
+                        act_first = step, act_rows = 1;
+                        if constexpr (STEP < kStageK) {
+                            act_first = step * kStageK / p.act_group;
+                            act_rows = min(kStageK / p.act_group, p.act_groups - act_first);
+                        }
                     }
                     ptx::barrier_wait(&shared.empty[at.stage], at.parity ^ 1);
                     ptx::barrier_expect(full, BN * kStageK + (sum_rows + act_rows) * row_bytes);
-                    if constexpr (CLUSTER > 1) {  // each block copies a part of the tile to all
-                        constexpr int kPart = BN / CLUSTER;
-                        ptx::copy_box_to(shared.x[at.stage][rank * kPart], &x_map, step * kStageK, token + rank * kPart,
-                                         full, (1 << CLUSTER) - 1);
-                    } else {
-                        ptx::copy_box(shared.x[at.stage], &x_map, step * kStageK, token, full);
-                    }
+                    ptx::copy_box(shared.x[at.stage], &x_map, step * kStageK, token, full);
                     if constexpr (kSums) {
                         for (int i = 0; i < sum_rows; ++i) {
                             ptx::copy_bulk(shared.sums[at.stage][i], sums + int64_t{sum_first + i} * p.m4 + token,
@@ -241,31 +245,39 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             }
         }
     } else {  // ---- products ---------------------------------------------------------------------------------------
-        if constexpr (C::kMoveRegisters) ptx::take_registers<C::kRegisters>();
+        if constexpr (T::kMoveRegisters) ptx::take_registers<T::kRegisters>();
         const int within = thread % 128, warp = within / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
         const int pair = 2 * (8 * warp + g);  // where rows g and g + 8 of this warp are in a group of scales
         Cursor<S::kStages> at;
+        if (T::kTurns && group == kGroups - 1) ptx::named_arrive(kTurn, 256);
         for (Work<true> work(p); work.more(); work.next(p)) {
             const int begin = work.begin, end = work.end;
             const int2 where = tile_at(work.tile, p);
-            const int strip = (where.x * CLUSTER + rank) * kGroups + group, n0 = strip * kStrip, m0 = where.y * BN;
+            const int strip = where.x * kGroups + group, n0 = strip * kStrip, m0 = where.y * BN;
             constexpr float kFactor = is_signed(KIND) ? 0x1p-4f : KIND == Kind::e4m3 ? 0x1p9f : 1.0f;
             constexpr float kZeroFactor = KIND == Kind::e4m3 ? 0x1p-9f : 1.0f;
             float acc[BN / 2];
-            Sum part[BUFFERS][kChunkSums];
+            Sum part[kChunkSums];
 #pragma unroll
             for (int i = 0; i < BN / 2; ++i) acc[i] = 0.0f;
             float s[2] = {}, z[2] = {};  // of rows g and g + 8
-            const auto take_scale = [&](const uint16_t* scales, const uint8_t* zeros) {
-                const uint32_t two = *reinterpret_cast<const uint32_t*>(scales + pair);
-                s[0] = scale_bits(two & 0xffff, p.half) * kFactor, s[1] = scale_bits(two >> 16, p.half) * kFactor;
+            struct Raw {                 // of the two rows: scales, zeros
+                uint32_t scale, zero;
+            };
+            const auto load_scale = [&](const uint16_t* scales, const uint8_t* zeros) {
+                Raw raw{*reinterpret_cast<const uint32_t*>(scales + pair), 0};
+                if constexpr (kSums) raw.zero = zeros ? *reinterpret_cast<const uint16_t*>(zeros + pair) : 0x0808u;
+                return raw;
+            };
+            const auto take_scale = [&](const Raw& raw) {
+                s[0] = scale_bits(raw.scale & 0xffff, p.half) * kFactor;
+                s[1] = scale_bits(raw.scale >> 16, p.half) * kFactor;
                 if constexpr (kSums) {
-                    const uint32_t both = zeros ? *reinterpret_cast<const uint16_t*>(zeros + pair) : 0x0808u;
-                    z[0] = static_cast<float>(both & 0xff) * kZeroFactor;
-                    z[1] = static_cast<float>(both >> 8) * kZeroFactor;
+                    z[0] = static_cast<float>(raw.zero & 0xff) * kZeroFactor;
+                    z[1] = static_cast<float>(raw.zero >> 8) * kZeroFactor;
                 }
             };
-            if (p.group == 0 && strip < p.strips) take_scale(scale + n0, zero ? zero + n0 : nullptr);
+            if (p.group == 0 && strip < p.strips) take_scale(load_scale(scale + n0, zero ? zero + n0 : nullptr));
             // acc += s ( sums of a chunk - z S ) s_a, the sums being those of a step of a stage
             const auto promote = [&](int chunk, Sum(&of)[kChunkSums], const float (&by)[2], const float (&less)[2],
                                      int stage, int sum_step, int act_step) {
@@ -306,64 +318,61 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             };
             const auto release = [&](int stage) {
                 __syncwarp();  // every lane has read its part of the stage
-                if constexpr (CLUSTER > 1) {
-                    if (lane < CLUSTER) ptx::barrier_arrive_at(&shared.empty[stage], lane);
-                } else if (lane == 0) {
-                    ptx::barrier_arrive(&shared.empty[stage]);
-                }
+                if (lane == 0) ptx::barrier_arrive(&shared.empty[stage]);
             };
 
             if constexpr (STEP == kStageK) {
                 uint32_t a[4][4];
-                float s_before[2] = {}, z_before[2] = {};  // of the stage before, whose last chunk is still multiplying
-                int before = -1;
-                if constexpr (BUFFERS == 2) {
-#pragma unroll
-                    for (int i = 0; i < kChunkSums; ++i) part[1][i] = 0;
-                }
-                for (int step = begin; step < end; ++step) {
+                uint4 words;
+                Raw raw{};
+                // Scales of the next stage out of shared memory, and the weights of its first unit; those of the
+                // others, or all where registers are scarce, when they become fragments.
+                constexpr bool kEarly = !kSums && !kAct;
+                const auto fetch = [&] {
                     ptx::barrier_wait(&shared.full[at.stage], at.parity);
-                    uint4 words[kUnits];
-#pragma unroll
-                    for (int u = 0; u < kUnits; ++u) {
-                        words[u] = reinterpret_cast<const uint4*>(shared.weight[at.stage][group][u])[within];
-                    }
+                    if (kEarly) words = reinterpret_cast<const uint4*>(shared.weight[at.stage][group][0])[within];
                     if (p.group) {
-                        take_scale(shared.scale[at.stage][group][0],
-                                   kSums ? shared.zero[kSums ? at.stage : 0][group][0] : nullptr);
+                        raw = load_scale(shared.scale[at.stage][group][0],
+                                         kSums ? shared.zero[kSums ? at.stage : 0][group][0] : nullptr);
                     }
-                    if constexpr (BUFFERS == 2) ptx::wgmma_wait<0>();  // nothing reads the fragments any more
+                };
+                const auto make_fragments = [&](int stage) {
 #pragma unroll
                     for (int u = 0; u < kUnits; ++u) {
-                        to_fragment<KIND>(a[2 * u], words[u].x, words[u].y);
-                        to_fragment<KIND>(a[2 * u + 1], words[u].z, words[u].w);
+                        uint4 own = words;
+                        if (u > 0 || !kEarly)
+                            own = reinterpret_cast<const uint4*>(shared.weight[stage][group][u])[within];
+                        ptx::settle(own);  // not before the wait for the products that read the last fragments
+                        to_fragment<KIND>(a[2 * u], own.x, own.y);
+                        to_fragment<KIND>(a[2 * u + 1], own.z, own.w);
+                        ptx::settle(a[2 * u]), ptx::settle(a[2 * u + 1]);  // nor between products
                     }
+                };
+                constexpr bool kAhead = BN >= 64;  // below that memory is slower: nothing waits for what comes next
+                // While the first chunk multiplies, the next stage's weights come; the other warpgroups keep the
+                // tensor cores busy while sums are added up.
+                if (kAhead) fetch();
+#pragma unroll 1
+                for (int step = begin; step < end; ++step) {
+                    const int stage = at.stage;
+                    if (!kAhead) fetch();
+                    make_fragments(stage);
+                    if (p.group) take_scale(raw);
 #pragma unroll
                     for (int chunk = 0; chunk < kChunks; ++chunk) {
-                        multiply(chunk, part[chunk % BUFFERS], a, 4, 0, at.stage);
-                        if constexpr (BUFFERS == 1) {
-                            ptx::wgmma_wait<0>();
-                            promote(chunk, part[0], s, z, at.stage, 0, 0);
-                        } else if (chunk == 0) {
-                            promote(kChunks - 1, part[1], s_before, z_before, before < 0 ? at.stage : before, 0, 0);
-                            if (before >= 0) release(before);
-                        } else {
-                            ptx::wgmma_wait<1>();
-                            promote(chunk - 1, part[(chunk - 1) % 2], s, z, at.stage, 0, 0);
+                        if constexpr (T::kTurns) ptx::named_barrier(kTurn + group, 256);
+                        multiply(chunk, part, a, 4, 0, stage);
+                        if constexpr (T::kTurns)
+                            ptx::named_arrive(group + 1 < kGroups ? kTurn + group + 1 : kTurn, 256);
+                        if (chunk == 0) {
+                            at.next();
+                            if (kAhead && step + 1 < end) fetch();
                         }
+                        ptx::wgmma_wait<0>();
+                        if (chunk == kChunks - 1 && !kSums && !kAct) release(stage);
+                        promote(chunk, part, s, z, stage, 0, 0);
                     }
-                    if constexpr (BUFFERS == 1) {
-                        release(at.stage);
-                    } else {
-                        before = at.stage;
-                        s_before[0] = s[0], s_before[1] = s[1], z_before[0] = z[0], z_before[1] = z[1];
-                    }
-                    at.next();
-                }
-                if constexpr (BUFFERS == 2) {
-                    ptx::wgmma_wait<0>();
-                    promote(kChunks - 1, part[1], s_before, z_before, before, 0, 0);
-                    release(before);
+                    if (kSums || kAct) release(stage);
                 }
             } else {  // 32 columns at a time
                 for (int step = begin; step < end; ++step) {
@@ -374,8 +383,8 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                         const int own = p.group == 0 ? 0 : quarter * STEP / p.group;
                         const int own_act = p.act_group == 0 ? 0 : quarter * STEP / p.act_group;
                         if (p.group) {
-                            take_scale(shared.scale[at.stage][group][own],
-                                       kSums ? shared.zero[kSums ? at.stage : 0][group][own] : nullptr);
+                            take_scale(load_scale(shared.scale[at.stage][group][own],
+                                                  kSums ? shared.zero[kSums ? at.stage : 0][group][own] : nullptr));
                         }
                         const uint2 words = reinterpret_cast<const uint2*>(
                             shared.weight[at.stage][group][quarter / 2])[2 * within + quarter % 2];
@@ -383,9 +392,9 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                         to_fragment<KIND>(a[0], words.x, words.y);
 #pragma unroll
                         for (int chunk = 0; chunk < kChunks; ++chunk) {
-                            multiply(chunk, part[0], a, 1, quarter, at.stage);
+                            multiply(chunk, part, a, 1, quarter, at.stage);
                             ptx::wgmma_wait<0>();
-                            promote(chunk, part[0], s, z, at.stage, quarter, own_act);
+                            promote(chunk, part, s, z, at.stage, quarter, own_act);
                         }
                     }
                     release(at.stage);
@@ -394,8 +403,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             }
 
             if (end < p.steps) {  // another block owns the tile
-                float4* to =
-                    reinterpret_cast<float4*>(workspace + kFlagBytes + blockIdx.x * partial_bytes(BN)) + thread;
+                float4* to = reinterpret_cast<float4*>(workspace + kFlagBytes + blockIdx.x * T::kPartialBytes) + thread;
 #pragma unroll
                 for (int i = 0; i < BN / 8; ++i) {
                     __stcg(to + i * kComputeThreads,
@@ -408,13 +416,13 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             if (begin > 0) {  // the blocks before this one, back to the one with the tile's first columns
                 const int first = Work<true>::block_of(work.tile * p.steps, p);
                 for (int block = first + thread; block < worker(p); block += kComputeThreads) {
-                    ptx::take_flag(reinterpret_cast<uint32_t*>(workspace) + block * CLUSTER + rank);
+                    ptx::take_flag(reinterpret_cast<uint32_t*>(workspace) + block);
                 }
                 ptx::named_barrier(1, kComputeThreads);
+#pragma unroll 1
                 for (int block = worker(p) - 1; block >= first; --block) {
-                    const float4* from = reinterpret_cast<const float4*>(workspace + kFlagBytes +
-                                                                         (block * CLUSTER + rank) * partial_bytes(BN)) +
-                                         thread;
+                    const float4* from =
+                        reinterpret_cast<const float4*>(workspace + kFlagBytes + block * T::kPartialBytes) + thread;
 #pragma unroll
                     for (int i = 0; i < BN / 8; ++i) {
                         const uint4 four = ptx::load16(from + i * kComputeThreads);
@@ -430,16 +438,22 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                 add[0] = n < p.n ? scale_bits(bias[n], p.half) : 0.0f;
                 add[1] = n + 8 < p.n ? scale_bits(bias[n + 8], p.half) : 0.0f;
             }
+            if (p.act_group == 0) {  // s_a of all tokens at once, through the memory that turns the result
+                float* own = reinterpret_cast<float*>(shared.out[group][0]);
+                for (int i = within; i < BN; i += 128) own[i] = m0 + i < p.m4 ? __ldcg(act_scale + m0 + i) : 0.0f;
+                ptx::named_barrier(2 + group, 128);
 #pragma unroll
-            for (int j = 0; j < BN / 8; ++j) {
-                const int m = m0 + 8 * j + 2 * c;
-                float own[2] = {1.0f, 1.0f};
-                if (p.act_group == 0) {
-                    own[0] = m < p.m4 ? __ldcg(act_scale + m) : 0.0f,
-                    own[1] = m < p.m4 ? __ldcg(act_scale + m + 1) : 0.0f;
+                for (int j = 0; j < BN / 8; ++j) {
+                    const float2 two = *reinterpret_cast<const float2*>(own + 8 * j + 2 * c);
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        acc[4 * j + i] = fmaf(acc[4 * j + i], i % 2 ? two.y : two.x, add[i / 2]);
+                    }
                 }
+                ptx::named_barrier(2 + group, 128);  // the result takes its place
+            } else {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) acc[4 * j + i] = acc[4 * j + i] * own[i % 2] + add[i / 2];
+                for (int i = 0; i < BN / 2; ++i) acc[i] += add[i / 2 % 2];
             }
             if (p.wide) {
 #pragma unroll
@@ -451,10 +465,10 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
             }
             // Transpose through shared memory, some tokens at a time, and write whole lines of y.
 #pragma unroll
-            for (int first = 0; first < BN; first += C::kOutTokens) {
+            for (int first = 0; first < BN; first += T::kOutTokens) {
                 if (m0 + first >= p.m) break;
 #pragma unroll
-                for (int j = 0; j < C::kOutTokens / 16; ++j) {
+                for (int j = 0; j < T::kOutTokens / 16; ++j) {
                     const float* d = acc + (first / 8 + 2 * j) * 4;
                     void* to = &shared.out[group][16 * j + lane / 16 * 8 + lane % 8][16 * warp + lane / 8 % 2 * 8];
                     uint32_t two[4];
@@ -466,7 +480,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                     ptx::stmatrix_x4_trans(to, two[0], two[1], two[2], two[3]);
                 }
                 ptx::named_barrier(2 + group, 128);
-                for (int i = within; i < C::kOutTokens * 8; i += 128) {
+                for (int i = within; i < T::kOutTokens * 8; i += 128) {
                     const int token = i / 8, column = n0 + i % 8 * 8, m = m0 + first + token;
                     if (m >= p.m) continue;
                     const uint16_t* from = &shared.out[group][token][i % 8 * 8];
@@ -480,10 +494,7 @@ __global__ void __launch_bounds__(kThreads, Config<BN>::kBlocks)
                 ptx::named_barrier(2 + group, 128);
             }
         }
-    }
-    if constexpr (CLUSTER > 1) {
-        __syncwarp();
-        ptx::cluster_sync_relaxed();  // nobody leaves while the other may still copy or arrive here
+        if (T::kTurns && group == 0) ptx::named_barrier(kTurn, 256);  // the last turn, which nobody takes
     }
 #endif
 }
@@ -513,7 +524,7 @@ inline CUtensorMap map_codes(const LinearA8Call& call, int tokens) {
     return map;
 }
 
-template <int BN, int CHUNK, int BUFFERS, Kind KIND, int STEP, int CLUSTER = 1>
+template <typename T, Kind KIND, int STEP = kStageK>
 void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t stream) {
     Problem p{};
     p.m = static_cast<int>(call.m), p.n = static_cast<int>(call.n), p.k = static_cast<int>(call.k);
@@ -526,51 +537,52 @@ void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t
     p.sum_groups = static_cast<int>(ceil_div(call.k, STEP));
     p.m4 = static_cast<int>(act8_rows(call.m));
     p.half = call.scale_dtype == 1, p.wide = call.y_dtype == 2;
-    p.row_blocks = static_cast<int>(ceil_div(call.n, kRows * CLUSTER)), p.pairs = CLUSTER - 1;
-    p.token_blocks = static_cast<int>(ceil_div(call.m, BN));
+    p.row_blocks = static_cast<int>(ceil_div(call.n, T::kRows)), p.pairs = 0;
+    p.token_blocks = static_cast<int>(ceil_div(call.m, T::kTokens));
     p.steps = static_cast<int>(ceil_div(p.units, kUnits));
     p.cut = cut > 0;
 
-    constexpr auto kernel = w4a8_kernel<BN, CHUNK, BUFFERS, KIND, STEP, CLUSTER>;
-    constexpr size_t bytes = sizeof(Shared<BN, KIND, STEP>);
-    static_assert(bytes <= Config<BN>::kSharedMemory && Shared<BN, KIND, STEP>::kStages >= 3,
-                  "shared memory of a block");
+    constexpr auto kernel = w4a8_kernel<T, KIND, STEP>;
+    constexpr size_t bytes = sizeof(Shared<T, KIND, STEP>);
+    static_assert(bytes <= T::kSharedMemory && Shared<T, KIND, STEP>::kStages >= 3, "shared memory of a block");
     allow_shared_memory<kernel>("linear_w4a8");
     const int64_t tiles = static_cast<int64_t>(p.row_blocks) * p.token_blocks;
     require(tiles * p.steps < (int64_t{1} << 30),
             "linear_w4a8: M=" + std::to_string(p.m) + " x N=" + std::to_string(p.n) + " is too large");
-    const int64_t resident = std::min(multiprocessors * (cut ? cut : Config<BN>::kBlocks), kMaxBlocks) / CLUSTER;
-    const int64_t blocks = CLUSTER * std::min<int64_t>(cut ? tiles * p.steps : tiles, resident);
-    require(!cut || call.workspace_bytes >= kFlagBytes + blocks * partial_bytes(BN),
+    const int64_t resident = std::min(multiprocessors * (cut ? cut : T::kBlocks), kMaxBlocks);
+    const int64_t blocks = std::min<int64_t>(cut ? tiles * p.steps : tiles, resident);
+    require(!cut || call.workspace_bytes >= kFlagBytes + blocks * T::kPartialBytes,
             "linear_w4a8: a workspace of " + std::to_string(call.workspace_bytes) + " bytes is too small");
-    launch_programmatic("linear_w4a8", kernel, dim3(static_cast<unsigned>(blocks)), kThreads, bytes, CLUSTER, 9, stream,
-                        map_codes(call, BN / CLUSTER), call.act_scale, call.sums,
+    launch_programmatic("linear_w4a8", kernel, dim3(static_cast<unsigned>(blocks)), T::kThreads, bytes, 1, 9, stream,
+                        map_codes(call, T::kTokens), call.act_scale, call.sums,
                         reinterpret_cast<const unsigned char*>(call.qweight), static_cast<const uint16_t*>(call.scale),
                         call.zero, static_cast<const uint16_t*>(call.bias), call.y,
                         static_cast<unsigned char*>(call.workspace), p);
 }
 
-// The kinds with sums or scales of groups, which come after every 32 columns where groups are below 128 (fine). False:
-// no kernel with tiles of so many tokens.
+// The tiles that linear_w4a8.cu names; false: none of this name. fine: sums become fp32 after every 32 columns, which
+// symmetric weights with one scale a token never need.
 template <Kind KIND>
-bool launch_tile(const LinearA8Call& call, bool fine, int tokens, int cut, int multiprocessors, cudaStream_t stream) {
-    if (fine && tokens > 64) return false;
-    switch (tokens) {
-        case 16:
-            (fine ? launch<16, 16, 1, KIND, 32> : launch<16, 16, 1, KIND, 128>)(call, cut, multiprocessors, stream);
-            return true;
-        case 64:
-            (fine ? launch<64, 64, 1, KIND, 32> : launch<64, 64, 1, KIND, 128>)(call, cut, multiprocessors, stream);
-            return true;
-        case 128:
-            launch<128, 64, 2, KIND, 128>(call, cut, multiprocessors, stream);
-            return true;
-        case 256:
-            launch<256, 64, 2, KIND, 128>(call, cut, multiprocessors, stream);
-            return true;
-        default:
-            return false;
+bool launch_tile(const LinearA8Call& call, bool fine, int tile, int cut, int multiprocessors, cudaStream_t stream) {
+    constexpr bool kPlain = KIND == Kind::symmetric;
+    void (*run)(const LinearA8Call&, int, int, cudaStream_t) = nullptr;
+    if (fine) {
+        if constexpr (!kPlain) {
+            if (tile == 16) run = launch<Tile<2, 16>, KIND, 32>;
+            if (tile == 64) run = launch<Tile<2, 64>, KIND, 32>;
+        }
+    } else {
+        if (tile == 16) run = launch<Tile<2, 16>, KIND>;
+        if (tile == 64) run = launch<Tile<2, 64>, KIND>;
+        if (tile == 192128) run = launch<Tile<3, 128>, KIND>;
+        if constexpr (kPlain) {
+            if (tile == 32) run = launch<Tile<2, 32>, KIND>;
+            if (tile == 256) run = launch<Tile<2, 256, 128, true>, KIND>;
+            if (tile == 192064) run = launch<Tile<3, 64>, KIND>;
+        }
     }
+    if (run) run(call, cut, multiprocessors, stream);
+    return run != nullptr;
 }
 
 }  // namespace

@@ -3,9 +3,9 @@
 
 namespace pyquant {
 
-bool linear_w4a8_e4m3(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream) {
+bool linear_w4a8_e4m3(const LinearA8Call& call, int tile, int cut, int multiprocessors, cudaStream_t stream) {
     const bool fine = (call.group_size > 0 && call.group_size < kStageK) || call.act_group_size > 0;
-    return launch_tile<Kind::e4m3>(call, fine, tokens, cut, multiprocessors, stream);
+    return launch_tile<Kind::e4m3>(call, fine, tile, cut, multiprocessors, stream);
 }
 
 }  // namespace pyquant

@@ -4,10 +4,10 @@
 
 namespace pyquant {
 
-bool linear_w4a8_grouped(const LinearA8Call& call, int tokens, int cut, int multiprocessors, cudaStream_t stream) {
+bool linear_w4a8_grouped(const LinearA8Call& call, int tile, int cut, int multiprocessors, cudaStream_t stream) {
     const auto small = [](int64_t group) { return group > 0 && group < kStageK; };
     const bool fine = small(call.group_size) || small(call.act_group_size);
-    return launch_tile<Kind::grouped>(call, fine, tokens, cut, multiprocessors, stream);
+    return launch_tile<Kind::grouped>(call, fine, tile, cut, multiprocessors, stream);
 }
 
 }  // namespace pyquant

@@ -85,24 +85,19 @@ __device__ __forceinline__ void wgmma8(int (&d)[64], const uint32_t (&a)[4], uin
 __device__ __forceinline__ void wgmma8(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     PYQUANT_WGMMA8_128("f32.e4m3.e4m3", PYQUANT_FLOAT, ", 1, 1");
 }
-
-// copy_box to the same place in the shared memory of several blocks of a cluster, completing on the barrier of each.
-__device__ __forceinline__ void copy_box_to(void* shared, const void* map, int column, int row, uint64_t* barrier,
-                                            uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
-        "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"(blocks)
-        : "memory");
-}
-// Arrive at a barrier of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint64_t* barrier, uint32_t rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(map_shared(barrier, rank))
-                 : "memory");
+// Arrive at a barrier of `count` threads without waiting; the others call named_barrier.
+__device__ __forceinline__ void named_arrive(int id, int count) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
 
-// After a wait: keeps the compiler from reading sums before it.
+// After a wait: keeps the compiler from reading sums, or making operands, before it.
 __device__ __forceinline__ void settle(int& v) { asm volatile("" : "+r"(v)::"memory"); }
+__device__ __forceinline__ void settle(uint4& v) {
+    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)::"memory");
+}
+__device__ __forceinline__ void settle(uint32_t (&v)[4]) {
+    asm volatile("" : "+r"(v[0]), "+r"(v[1]), "+r"(v[2]), "+r"(v[3])::"memory");
+}
 __device__ __forceinline__ void settle(float& v) { asm volatile("" : "+f"(v)::"memory"); }
 
 #endif
