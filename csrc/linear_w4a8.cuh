@@ -415,12 +415,12 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
             }
             if (begin > 0) {  // the blocks before this one, back to the one with the tile's first columns
                 const int first = Work<true>::block_of(work.tile * p.steps, p);
-                for (int block = first + thread; block < worker(p); block += kComputeThreads) {
+                for (int block = first + thread; block < static_cast<int>(blockIdx.x); block += kComputeThreads) {
                     ptx::take_flag(reinterpret_cast<uint32_t*>(workspace) + block);
                 }
                 ptx::named_barrier(1, kComputeThreads);
 #pragma unroll 1
-                for (int block = worker(p) - 1; block >= first; --block) {
+                for (int block = static_cast<int>(blockIdx.x) - 1; block >= first; --block) {
                     const float4* from =
                         reinterpret_cast<const float4*>(workspace + kFlagBytes + block * T::kPartialBytes) + thread;
 #pragma unroll
@@ -537,7 +537,7 @@ void launch(const LinearA8Call& call, int cut, int multiprocessors, cudaStream_t
     p.sum_groups = static_cast<int>(ceil_div(call.k, STEP));
     p.m4 = static_cast<int>(act8_rows(call.m));
     p.half = call.scale_dtype == 1, p.wide = call.y_dtype == 2;
-    p.row_blocks = static_cast<int>(ceil_div(call.n, T::kRows)), p.pairs = 0;
+    p.row_blocks = static_cast<int>(ceil_div(call.n, T::kRows));
     p.token_blocks = static_cast<int>(ceil_div(call.m, T::kTokens));
     p.steps = static_cast<int>(ceil_div(p.units, kUnits));
     p.cut = cut > 0;

@@ -1,5 +1,5 @@
 // Work that persistent blocks share: whole tiles in turn, or equal pieces of the line of all tiles' stages (stream-K).
-// linear_wgmma.cuh says how; it has the same text but for pairs of blocks.
+// linear_wgmma.cuh says how; it has the same text.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,7 @@ struct Tiles {
     int row_blocks, token_blocks;
     int steps;  // stages along K
     bool cut;   // stream-K; otherwise whole tiles
-    int pairs;  // 1: two blocks of a cluster take tiles together, row_blocks counting pairs of tiles; 0: each its own
 };
-
-// The number of this block, or pair of blocks, and how many there are.
-__device__ __forceinline__ int worker(const Tiles& p) { return static_cast<int>(blockIdx.x) >> p.pairs; }
-__device__ __forceinline__ int workers(const Tiles& p) { return static_cast<int>(gridDim.x) >> p.pairs; }
 
 // Workspace: a flag for each block, then its partial tile. The flags are 0 between launches.
 constexpr int kFlagBytes = 4096;
@@ -35,16 +30,17 @@ struct Work {
 
     static __device__ __forceinline__ int line_of(int block, const Tiles& p) {
         const int64_t all = static_cast<int64_t>(p.row_blocks) * p.token_blocks * p.steps;
-        return static_cast<int>(all * block / workers(p));
+        return static_cast<int>(all * block / static_cast<int>(gridDim.x));
     }
-    // The worker whose piece holds this place of the line: line_of(block) <= line < line_of(block + 1).
+    // The block whose piece holds this place of the line: line_of(block) <= line < line_of(block + 1).
     static __device__ __forceinline__ int block_of(int line, const Tiles& p) {
         const int64_t all = static_cast<int64_t>(p.row_blocks) * p.token_blocks * p.steps;
-        return uniform(static_cast<int>(((line + int64_t{1}) * workers(p) - 1) / all));
+        return uniform(static_cast<int>(((line + int64_t{1}) * static_cast<int>(gridDim.x) - 1) / all));
     }
     __device__ __forceinline__ explicit Work(const Tiles& p) {
-        line = uniform(p.cut ? line_of(worker(p), p) : worker(p) * p.steps);
-        line_end = uniform(p.cut ? line_of(worker(p) + 1, p) : p.row_blocks * p.token_blocks * p.steps);
+        line = uniform(p.cut ? line_of(static_cast<int>(blockIdx.x), p) : static_cast<int>(blockIdx.x) * p.steps);
+        line_end =
+            uniform(p.cut ? line_of(static_cast<int>(blockIdx.x) + 1, p) : p.row_blocks * p.token_blocks * p.steps);
         aim(p);
     }
     __device__ __forceinline__ bool more() const { return line < line_end; }
@@ -61,7 +57,7 @@ struct Work {
         if (p.cut) {
             line_end -= end - begin;
         } else {
-            line += workers(p) * p.steps;
+            line += static_cast<int>(gridDim.x) * p.steps;
         }
         aim(p);
     }
