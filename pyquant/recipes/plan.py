@@ -208,9 +208,8 @@ def kd_qat(shape: Shape, work: Work, soft: bool = False) -> Plan:
     best = next((i for i, t in enumerate(totals) if t <= work.memory), totals.index(min(totals)))
     config = choices[best]
     total, local = shape.parameters, min(work.gpus, int(value("GPUs of a host")))
-    held = (
-        ("checkpoint", 2.0) if work.gpus == 1 else ("students in fp32", 4.0)
-    )  # each process' own, before it is sharded
+    # before it is sharded each process has a student of its own
+    held = ("checkpoint", 2.0) if work.gpus == 1 else ("students in fp32", 4.0)
     host = {held[0]: held[1] * total * local, "python": value("python, torch and CUDA on the host") * local}
     settings = {"weights": config.weights, "optim": config.optim}
     settings |= {
@@ -232,12 +231,11 @@ def rtn(shape: Shape, work: Work) -> Plan:
     device = {
         "model": 2.0 * shape.parameters,
         "quantized weights": value("weight in 4 bits") * shape.quantized,
-        "one layer": max(
-            float(search), 12.0 * shape.largest
-        ),  # fp32 weight, fp32 quantized weight and their difference
+        # its errors: the weight, the quantized one and their difference in fp32
+        "one layer": max(float(search), 12.0 * shape.largest),
     }
     host = {"checkpoint": 2.0 * shape.parameters, "python": value("python, torch and CUDA on the host")}
-    seconds = shape.quantized * 40 * 100 / value("read bandwidth")  # 40 ranges tried, about 100 bytes a weight each
+    seconds = shape.quantized * 36 * 100 / value("read bandwidth")  # 36 ranges tried, about 100 bytes a weight each
     notes = [] if work.gpus == 1 else ["runs on one GPU"]
     return Plan("rtn", work.gpus, Estimate(device, host), seconds, "without reading and writing files", {}, notes)
 
