@@ -64,8 +64,7 @@ def read_decoder(model: nn.Module, head_bits: int = 16) -> Decoder:
         norm=model.model.norm.weight,
         head=_head(model.lm_head, head_bits),
         rotary=_tables(model.model.rotary_emb, model.model.norm.weight, attention.head_dim),
-        kv_heads=attention.k_proj.out_features
-        // attention.head_dim,  # those of this process, where heads are shared out
+        kv_heads=attention.k_proj.out_features // attention.head_dim,  # of this process, where heads are shared out
         size=attention.head_dim,
         scaling=attention.scaling,
         eps=model.model.norm.variance_epsilon,
