@@ -37,6 +37,8 @@ def w4a8_table(found: dict[str, Any]) -> Parts:
         "pyquant-int8": "int8", "pyquant-e4m3": "e4m3", "quantize_activation-int8": "quantize_activation",
         "cublas-bf16": "cuBLAS bf16",
     }  # fmt: skip
+    peers = {"humming-int8": "humming int8", "humming-e4m3": "humming e4m3"}
+    names |= {i: name for i, name in peers.items() if any(i in by for by in cells.values())}
     rows = []
     for (k, n, m), by in cells.items():
         us = [f"{by[i]['us']:.1f}" if i in by else "-" for i in names]
