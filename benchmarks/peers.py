@@ -213,7 +213,7 @@ def attempt(name: str, work: Callable[[], Any], say: Callable[[str], None] = pri
 def versions() -> dict[str, str]:
     """Version of each package of a peer that is installed."""
     found = {}
-    for package in ("bitsandbytes", "gemlite", "humming-kernels", "torchao"):
+    for package in ("bitsandbytes", "flashinfer-python", "gemlite", "humming-kernels", "torchao"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.attention_kv4 import attention_kv4_rows
+from benchmarks.attention_kv4 import HEADS, attention_kv4_rows
 from benchmarks.distill import distill_rows
 from benchmarks.fake_quant import fake_quant_rows
 from benchmarks.linear import backward_rows, linear_rows
@@ -23,13 +23,12 @@ TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 FAMILIES = {
     "fake_quant": fake_quant_rows,
     "distill": distill_rows,
-    "attention_kv4": attention_kv4_rows,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=["linear", "linear_w4a8", *FAMILIES], required=True)
+    parser.add_argument("--family", choices=["linear", "linear_w4a8", "attention_kv4", *FAMILIES], required=True)
     parser.add_argument("--out", type=Path, help="results file; printed only when absent")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--shapes", nargs="*", default=[f"{k}x{n}" for k, n in SHAPES], help="KxN")
@@ -37,6 +36,9 @@ def main() -> None:
     parser.add_argument("--backward", action="store_true", help="with --family linear: the gradient to x instead")
     parser.add_argument(
         "--peers", nargs="*", choices=[*peers.LINEAR, *peers.A8], help="of linear or linear_w4a8: these and ours only"
+    )
+    parser.add_argument(
+        "--heads", type=int, default=len(HEADS), help="of attention_kv4: the first so many kinds of heads"
     )
     args = parser.parse_args()
     if args.backward and args.family != "linear":
@@ -61,6 +63,9 @@ def main() -> None:
         about["peers"] = peers.versions()
         chosen = peers.available(args.peers, makers=peers.A8)
         rows = linear_w4a8_rows(about["ceilings"], args.tokens, shapes, chosen)
+    elif args.family == "attention_kv4":
+        about["peers"] = peers.versions()
+        rows = attention_kv4_rows(about["ceilings"], args.heads)
     else:
         rows = FAMILIES[args.family](about["ceilings"])
     if args.out:
