@@ -105,11 +105,18 @@ def _humming(w: Tensor, group: int, **inputs: object) -> Any:
     return layer
 
 
+def _tile(layer: Any, m: int) -> dict[str, Any]:
+    """The tile that its heuristics choose for M = m: a call without one compiles those of all ranges of M, 33 for a shape."""
+    from humming.tune import get_heuristics_config
+
+    return get_heuristics_config(layer.humming_config, shape_m=m)
+
+
 def humming(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
-    """humming-kernels; compiles for each shape and range of M (NVRTC or nvcc) at the first call."""
+    """humming-kernels; compiles for each shape and tile (NVRTC or nvcc) at the first call."""
     layer = _humming(w, group)
     layer.transform()
-    return layer
+    return lambda x: layer(x, tuning_config=_tile(layer, len(x)))
 
 
 class HummingA8:
@@ -132,11 +139,11 @@ class HummingA8:
 
     def multiply(self, codes: Tensor, scale: Tensor) -> Tensor:
         """``[M, N]`` of what :meth:`quantize` returned."""
-        return self._layer(codes, input_scale=scale)
+        return self._layer(codes, input_scale=scale, tuning_config=_tile(self._layer, len(codes)))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Both, as its layer does where it is given 16 bits."""
-        return self._layer(x)
+        return self._layer(x, tuning_config=_tile(self._layer, len(x)))
 
     def rounded(self) -> Tensor:
         """The weight in 4 bits that the layer holds, fp32 ``[N, K]``: rounded once more, the same way."""

@@ -116,7 +116,8 @@ def humming_stub(monkeypatch, off=1.0):
         def transform(self):
             self.humming_config = self.input_config
 
-        def forward(self, x, input_scale=None):
+        def forward(self, x, input_scale=None, tuning_config=None):
+            assert tuning_config == {"m": len(x)}
             codes, scale = (x, input_scale) if input_scale is not None else quantize(self.humming_config, x)
             return off * (codes.float() * scale) @ self.weight.float().T
 
@@ -125,7 +126,9 @@ def humming_stub(monkeypatch, off=1.0):
         scale = x.float().abs().amax(1, keepdim=True) / 127
         return (x / scale).round().to(torch.int8), scale
 
+    tune = types.SimpleNamespace(get_heuristics_config=lambda config, shape_m: {"m": shape_m})
     monkeypatch.setitem(sys.modules, "humming", types.ModuleType("humming"))
+    monkeypatch.setitem(sys.modules, "humming.tune", tune)
     monkeypatch.setitem(sys.modules, "humming.layer", types.SimpleNamespace(HummingLayer=Layer))
     monkeypatch.setitem(sys.modules, "humming.forward", types.SimpleNamespace(may_quant_input=quantize))
 
