@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,13 @@ def _gemlite() -> type:
     """Its maker of layers, with tiles that it ships: those of an H100 where it has none for this GPU (an H200)."""
     import gemlite
     from gemlite.helper import A16W4_HQQ_INT
+    from triton.runtime.autotuner import Autotuner
 
     gemlite.set_autotune(False)  # what no table holds takes its default tile: tuning takes minutes for each shape
+    for module in [m for name, m in sys.modules.items() if name.startswith("gemlite.triton_kernels.")]:
+        for kernel in vars(module).values():
+            if isinstance(kernel, Autotuner) and len(kernel.configs) == 1:
+                kernel.configs = kernel.configs * 2  # Triton asks for the table's tile only where there is a choice
     shipped = Path(gemlite.__file__).parent / "configs"
     name = torch.cuda.get_device_name().lower().replace(" ", "_")
     own = [file for file in shipped.glob("*.json") if file.stem in name]
