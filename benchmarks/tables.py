@@ -17,7 +17,7 @@ from benchmarks.kv_needle import summary as summary_of_needles
 from benchmarks.tables_bisup import bisup_table
 from benchmarks.tables_kernels import attention_table, w4a8_table
 from benchmarks.tables_plan import plan_table
-from benchmarks.tables_qat import large_table, qat_table
+from benchmarks.tables_qat import best_table, large_table, qat_table
 from benchmarks.tables_several import several_table
 from pyquant.integrations.ablate import ARMS
 from pyquant.integrations.spread import summary
@@ -352,6 +352,7 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 TABLES |= {
     "qat": lambda: _from(qat_table(_measured("qat"))),
+    "qat_best": lambda: _from(best_table(_measured("qat_best"), _measured("qat"))),
     "qat_large": lambda: _from(large_table(_load("h200/qat_large.json"))),
     "plan": lambda: _from(plan_table()),
     "several_gpus": lambda: _from(several_table(_measured("several_gpus"))),
