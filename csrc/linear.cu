@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "format.cuh"
+#include "linear_mma.h"
 #include "ops.h"
 #include "programmatic.cuh"
 
@@ -24,6 +25,11 @@ void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t 
                 reinterpret_cast<uintptr_t>(call.zero) % 16 == 0 && reinterpret_cast<uintptr_t>(call.y) % 16 == 0,
             "linear_w4a16: qweight, scale, zero and y must begin at multiples of 16 bytes");
     const bool hopper = current_device().major == 9;
+    if (tokens < 0) {
+        require(hopper && (tokens == -8 || tokens == -16),
+                "linear_w4a16: tokens=" + std::to_string(tokens) + " must be -8 or -16, and the GPU a Hopper");
+        return (call.dtype == 0 ? linear_mma_bf16 : linear_mma_fp16)(call, -tokens, variant, stream);
+    }
     if (hopper && (tokens > 0 ? tokens > 8 : call.m > 4)) {
         (call.dtype == 0 ? linear_wgmma_bf16 : linear_wgmma_fp16)(call, tokens, variant, stream);
     } else {

@@ -7,13 +7,12 @@ compiler that knows C++20 and ``_Float16``.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from emulation import DYNAMIC, emulated_library
 from kv4_cases import (
     FAULTY_CASE,
     KV4_CASES,
@@ -34,7 +33,6 @@ from pyquant import ops
 from pyquant.formats import kv4
 
 ROOT = Path(__file__).resolve().parents[1]
-DYNAMIC = "    extern __shared__ __align__(16) unsigned char memory[];\n"  # is a variable of the emulation
 P, L, F, B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
 
 
@@ -76,43 +74,16 @@ def device_part(text: str) -> str:
 @pytest.fixture(scope="module")
 def lib(tmp_path_factory):
     """The kernels as a library of the CPU."""
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    folder = tmp_path_factory.mktemp("emulated")
-    probe = subprocess.run([compiler, "-std=c++20", "-xc++", "-fsyntax-only", "-"], input="_Float16 x;", text=True,
-                           capture_output=True)  # fmt: skip
-    if probe.returncode:
-        pytest.skip(f"{compiler} does not know C++20 with _Float16")
-    for source in (ROOT / "tests" / "emulated").iterdir():
-        shutil.copy(source, folder)
-    for name in (
+    names = (
         "kv4_codes.cuh",
         "kv4_work.cuh",
         "ops.h",
         "attention_kv4.cuh",
         "attention_kv4_cluster.cuh",
         "append_kv4.cu",
-    ):
-        source = ROOT / "csrc" / name
-        if source.exists():
-            (folder / f"{source.stem}.{'h' if name == 'ops.h' else 'cuh'}").write_text(device_part(source.read_text()))
-    (folder / "cuda_runtime.h").write_text('#include "cuda.h"\n')
-    (folder / "programmatic.cuh").write_text("")
-    command = [
-        compiler,
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-fPIC",
-        "-shared",
-        f"-I{folder}",
-        *map(str, folder.glob("*.cpp")),
-        "-o",
-    ]
-    built = subprocess.run([*command, str(folder / "kv4.so")], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-3000:]
-    return ctypes.CDLL(str(folder / "kv4.so"))
+    )
+    sources = {name: device_part((ROOT / "csrc" / name).read_text()) for name in names}
+    return emulated_library(tmp_path_factory.mktemp("emulated"), sources, ["attention_kv4.cpp", "append_kv4.cpp"])
 
 
 def attend(

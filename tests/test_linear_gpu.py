@@ -36,16 +36,19 @@ def hopper() -> bool:
     return _multiprocessors(torch.cuda.current_device()) > 0
 
 
-# Token tiles and ways to cut the work that csrc/linear_decode.cuh (8) and csrc/linear_wgmma.cuh know: see csrc/ops.h.
+# Token tiles and ways to cut the work that csrc/linear_decode.cuh (8), csrc/linear_wgmma.cuh and csrc/linear_mma.cuh (-8
+# and -16) know: see csrc/ops.h.
 WAYS = [(8, splits) for splits in (1, 2, 4, 8)] + [
     (tile, cut) for tile in (16, 32, 64, 128, 256) for cut in range(3 if tile < 128 else 2)
 ]
+WAYS += [(-tile, 16 * geometry + splits) for tile in (8, 16) for geometry in range(4) for splits in (1, 2, 4, 8)]
 
 
-def call(x, tiled, bias, n, group_size, tokens, variant):
+def call(x, tiled, bias, n, group_size, tokens, variant, y=None):
     """One launch of the kernel for this token tile, cut this way."""
     qweight, scale, zero = tiled
-    y = torch.full((x.shape[0], n), float("nan"), dtype=x.dtype, device=x.device)
+    if y is None:
+        y = torch.full((x.shape[0], n), float("nan"), dtype=x.dtype, device=x.device)
     space = _workspace(x.device.index, stream())
     _registry.extension().linear_w4a16(
         x.data_ptr(), x.stride(0), dtype_code(x.dtype), qweight.data_ptr(), scale.data_ptr(), pointer(zero),
@@ -56,7 +59,7 @@ def call(x, tiled, bias, n, group_size, tokens, variant):
 
 
 def errors_of_tile(tokens: int) -> dict[str, bool]:
-    return {"rounded_weight": tokens > EXACT_TOKENS, "fixed_point_x": tokens <= 8}
+    return {"rounded_weight": tokens > EXACT_TOKENS, "fixed_point_x": 0 < tokens <= 8}
 
 
 # ------------------------------------------------------------------------------------------------ every way, any shape
@@ -70,7 +73,7 @@ def test_every_way_to_cut_the_work(tokens, variant, group_size, symmetric):
         pytest.skip("clusters and wgmma need a Hopper GPU")
     dtype = torch.bfloat16 if symmetric else torch.float16
     for m, n, k in ((1, 200, 1096), (9, 384, 4096), (70, 1000, 840), (300, 130, 2056)):
-        if m > 8 * tokens:
+        if m > 8 * abs(tokens):
             continue
         weight = make_weight(n, k, group_size, symmetric, dtype, "cuda")
         x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
@@ -213,6 +216,26 @@ def test_graphs_with_their_own_workspaces():
     assert torch.equal(eager, want[0])
     for got, right in zip(outputs, want, strict=True):
         assert all(torch.equal(y, right) for y in got)
+
+
+@pytest.mark.parametrize("tokens, variant", [way for way in WAYS if way[0] < 0])
+def test_a_chain_of_products_for_a_few_tokens(tokens, variant):
+    """Each call starts before the one ahead has ended, and takes its result: bit for bit what calls one by one give."""
+    if not hopper():
+        pytest.skip("clusters need a Hopper GPU")
+    n = k = 2048
+    weights = [make_weight(n, k, 128, i % 2 == 0, torch.bfloat16, "cuda").tiled() for i in range(8)]
+    first = torch.randn(5, k, device="cuda").bfloat16()
+    one_by_one = [first]
+    for weight in weights:
+        one_by_one.append(call(one_by_one[-1], weight, None, n, 128, tokens, variant))
+        torch.cuda.synchronize()
+    for _ in range(20):
+        chain = [first] + [torch.full_like(first, float("nan")) for _ in weights]
+        for i, weight in enumerate(weights):
+            call(chain[i], weight, None, n, 128, tokens, variant, chain[i + 1])
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(chain, one_by_one, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ values

@@ -1,4 +1,4 @@
-// Enough of CUDA for the kernels of the KV cache to run on a CPU: each thread of a block (and of the blocks of a
+// Enough of CUDA for some kernels to run on a CPU: each thread of a block (and of the blocks of a
 // cluster) is a fiber, fibers take turns, and what joins threads waits until all are there. Copies of the copy engine
 // happen at once, but their bytes count at barriers as on a GPU. Tensor cores: exact products, summed in fp64, rounded
 // once to fp32.
@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -113,6 +114,7 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline int __ffs(unsigned v) { return __builtin_ffs(static_cast<int>(v)); }
 template <typename T>
@@ -130,6 +132,11 @@ struct Gathering {
 struct Index {
     int x = 0, y = 0;
 };
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes, all;  // what is copied, and with zeros
+};
 struct Fibers {
     ucontext_t scheduler{};
     std::vector<ucontext_t> contexts;
@@ -139,8 +146,9 @@ struct Fibers {
     Gathering blocks[kMostBlocks], warps[kMostBlocks][kMostWarps];
     std::array<uint64_t, 32> slots[kMostBlocks][kMostWarps];
     std::array<std::array<uint32_t, 6>, 32> fragments[kMostBlocks][kMostWarps];
-    bool any[kMostBlocks];               // whether a thread said so
-    unsigned char* memory[kMostBlocks];  // dynamic shared memory
+    std::vector<std::deque<std::vector<Copy>>> copies;  // of a thread, by groups; the last is open
+    bool any[kMostBlocks];                              // whether a thread said so
+    unsigned char* memory[kMostBlocks];                 // dynamic shared memory
     void (*body)(const void*) = nullptr;
     const void* argument = nullptr;
 };
@@ -192,6 +200,7 @@ inline void run_grid(void (*body)(const void*), const void* argument, int grid, 
         fibers.met = 0;
         fibers.contexts.assign(all, {});
         fibers.done.assign(all, 0);
+        fibers.copies.assign(all, {});
         for (int i = 0; i < all; ++i) {
             getcontext(&fibers.contexts[i]);
             fibers.contexts[i].uc_stack.ss_sp = stacks[i].data();

@@ -5,6 +5,8 @@
 
 namespace pyquant {
 
+constexpr int kPiece = 8;
+
 inline float value_of(uint32_t bits, __half) { return half_value(bits); }
 inline float value_of(uint32_t bits, __nv_bfloat16) { return bf16_value(bits & 0xFFFF); }
 inline uint32_t pack2(float low, float high, __half) { return half_bits(low) | half_bits(high) << 16; }
@@ -35,6 +37,10 @@ namespace ptx {
 inline void launch_dependents() {}
 inline void wait_for_predecessor() {}
 inline int load_int(const int* from) { return *from; }
+template <typename T>
+uint16_t load_bits(const T* from) {
+    return from->bits;
+}
 template <typename T>
 float load_one(const T* from) {
     return to_float(*from);
@@ -68,6 +74,37 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barr
     bytes_arrive(barrier, bytes);
 }
 
+// Copies of a thread's own come when it waits for their group, and not before: in the order of the groups.
+inline auto& own_groups() {
+    auto& groups = fibers.copies[fibers.current];
+    if (groups.empty()) groups.emplace_back();
+    return groups;
+}
+inline void copy_async_or_zero(void* to, const void* from, bool wanted) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) fail("a copy not at 16 bytes");
+    own_groups().back().push_back({to, from, wanted ? 16 : 0, 16});
+}
+template <int BYTES>
+void copy_async(void* to, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % BYTES) fail("a copy not at its size");
+    own_groups().back().push_back({to, from, BYTES, BYTES});
+}
+inline void copy_async_commit() {
+    own_groups();
+    fibers.copies[fibers.current].emplace_back();
+}
+template <int PENDING>
+void copy_async_wait() {
+    auto& groups = own_groups();
+    while (groups.size() > PENDING + 1) {  // the last is not committed yet
+        for (const Copy& copy : groups.front()) {
+            std::memcpy(copy.to, copy.from, copy.bytes);
+            std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.all - copy.bytes);
+        }
+        groups.pop_front();
+    }
+}
+
 inline auto& own_fragments() { return fibers.fragments[fibers.block][threadIdx.x / 32]; }
 
 // Registers and halves by the picture of m16n8k16 in the PTX manual.
@@ -88,6 +125,14 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
         d[e] = static_cast<float>(sum);
     }
     __syncwarp();
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* shared) {
+    uint64_t address = reinterpret_cast<uint64_t>(shared);
+    if (address % 16) fail("a row of an ldmatrix not at 16 bytes");
+    for (int i = 0; i < 4; ++i) {
+        const auto* row = reinterpret_cast<const uint32_t*>(from_lane(address, 8 * i + lane_of() / 4));
+        r[i] = row[lane_of() % 4];
+    }
 }
 inline uint32_t transpose8(uint32_t a) {
     auto& all = own_fragments();
