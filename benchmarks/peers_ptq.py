@@ -207,7 +207,7 @@ def main() -> None:
     tools = {name: importlib.metadata.version(name) for name in _installed()}
     held["meta"] = {
         "model": args.model,
-        "device": versions(args.device)["device"],
+        "gpu": versions(args.device)["device"],
         "versions": tools,
         "commit": args.commit or commit(),
     }
