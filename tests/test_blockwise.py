@@ -20,7 +20,7 @@ from pyquant.recipes.blocks import block_arguments, call_block, find_blocks, log
 from pyquant.recipes.blockwise import Result, blockwise, insert, plan
 from pyquant.recipes.experts import Experts, all_experts, unfuse
 from pyquant.recipes.gptq import gptq
-from pyquant.recipes.memory import GIB, check, estimate
+from pyquant.recipes.memory import GIB, Estimate, check, estimate
 from pyquant.recipes.parametrize import Start, parametrize
 from pyquant.recipes.rtn import rtn
 from pyquant.recipes.settings import Settings
@@ -497,3 +497,8 @@ def test_random_stops_do_not_change_the_result():
             keeper = Memory()
     got = blockwise(model, tokens, spec, settings, keeper=keeper)
     assert same(want, got)
+
+
+def test_estimate_says_only_what_counts():
+    need = Estimate({"block": 1.5 * GIB, "norms": 1000.0}, {})
+    assert str(need) == "device 1.50 GiB (block 1.50); host 0.00 GiB"

@@ -21,12 +21,10 @@ class Estimate:
 
     def __str__(self) -> str:
         def line(parts: dict[str, float]) -> str:
-            return ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB)
+            shown = [f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB]
+            return f"{sum(parts.values()) / GIB:.2f} GiB" + (f" ({', '.join(shown)})" if shown else "")
 
-        return (
-            f"device {sum(self.device.values()) / GIB:.2f} GiB ({line(self.device)}); "
-            f"host {sum(self.host.values()) / GIB:.2f} GiB ({line(self.host)})"
-        )
+        return f"device {line(self.device)}; host {line(self.host)}"
 
 
 def estimate(
