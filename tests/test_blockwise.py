@@ -469,6 +469,7 @@ def test_a_run_that_does_not_fit_is_refused_with_what_to_change():
         check(on_device, 8 * GIB, None, None)
     with pytest.raises(ValueError, match=r"host memory and 4.0 GiB are free: try fewer --cal"):
         check(low, 24 * GIB, 4 * GIB, None)
+    assert str(Estimate({"block": 1.5 * GIB, "norms": 1e3}, {})) == "device 1.50 GiB (block 1.50); host 0.00 GiB"
 
 
 def test_random_stops_do_not_change_the_result():
@@ -497,8 +498,3 @@ def test_random_stops_do_not_change_the_result():
             keeper = Memory()
     got = blockwise(model, tokens, spec, settings, keeper=keeper)
     assert same(want, got)
-
-
-def test_estimate_says_only_what_counts():
-    need = Estimate({"block": 1.5 * GIB, "norms": 1000.0}, {})
-    assert str(need) == "device 1.50 GiB (block 1.50); host 0.00 GiB"
