@@ -105,6 +105,15 @@ struct Raised<__half> {
     }
 };
 
+// Until at most `pending`, or MOST, of this thread's newest groups of copies are unfinished.
+template <int MOST>
+__device__ __forceinline__ void wait_for_all_but(int pending) {
+    if constexpr (MOST > 0) {
+        if (pending < MOST) return wait_for_all_but<MOST - 1>(pending);
+    }
+    ptx::copy_async_wait<MOST>();
+}
+
 // NT: tiles of 8 tokens. GROUPS: groups of scales in a pair. R: tiles of rows side by side. SLOTS: pairs of a warp on
 // their way.
 template <typename T, int NT, int GROUPS, int WARPS, int R, int SLOTS>
@@ -212,7 +221,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
     // ---- x of this warp's pairs ----
     unsigned char* const area = areas + warp * plan.warp_bytes;  // [pair][token][kRowBytes]
     float* const sums_of_x = reinterpret_cast<float*>(area + plan.window * tokens * kRowBytes);  // [pair][group][8 NT]
-    const auto stage = [&](int first_pair, int pairs) {  // first_pair, + WARPS, ..
+    const auto stage = [&](int first_pair, int pairs) {  // first_pair, + WARPS, ..: a group of copies each
         __syncwarp();
         for (int i = 0; i < pairs; ++i) {
             const int col = (first_pair + i * WARPS) * kPairK + lane % 16 * kPiece;
@@ -229,10 +238,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
                     }
                 }
             }
+            ptx::copy_async_commit();
         }
-        ptx::copy_async_commit();
-        ptx::copy_async_wait<0>();
-        __syncwarp();
     };
     // Where this lane's row of an ldmatrix is: the low and the high half of 16 columns, of 8 tokens and the next 8, or
     // of these and the next 16 columns. Tokens that are not there are as good as the last.
@@ -241,8 +248,8 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
 
     float total[R][NT][4];
     int slot = 0;
-    // The product of a pair. fresh: the sums of x are not there yet.
-    const auto multiply = [&](auto is_fresh, int i) {
+    // The product of a pair, the i-th of a window. fresh: its x is on the way, and its sums are not there yet.
+    const auto multiply = [&](auto is_fresh, int i, int pairs) {
         constexpr bool kFresh = decltype(is_fresh)::value;
         constexpr int kGroupSteps = kSteps / GROUPS;
         const unsigned char* const x_pair = x_lane + i * tokens * kRowBytes;
@@ -250,8 +257,12 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
         uint32_t four[4];
 #pragma unroll
         for (int unit = 0; unit < 2; ++unit) {
-            ptx::copy_async_wait<2 * SLOTS - 1>();
-            __syncwarp();  // the scales are another lane's
+            if (kFresh && i < SLOTS) {  // weights came before x: let the x of later pairs, and what is newer, be
+                wait_for_all_but<2 * SLOTS - 1>(pairs - 1 + i + unit);
+            } else {
+                ptx::copy_async_wait<2 * SLOTS - 1>();
+            }
+            __syncwarp();  // scales and x are other lanes'
             uint32_t words[R][4];
 #pragma unroll
             for (int r = 0; r < R; ++r) {
@@ -335,9 +346,9 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
             const int pairs = min(plan.window, (end - window + WARPS - 1) / WARPS);
             if (plan.restage || tile == 0) {
                 stage(window, pairs);
-                for (int i = 0; i < pairs; ++i) multiply(std::true_type{}, i);
+                for (int i = 0; i < pairs; ++i) multiply(std::true_type{}, i, pairs);
             } else {
-                for (int i = 0; i < pairs; ++i) multiply(std::false_type{}, i);
+                for (int i = 0; i < pairs; ++i) multiply(std::false_type{}, i, pairs);
             }
         }
 
