@@ -1,9 +1,10 @@
-// linear_w4a16: checks what both kernels take for granted, and picks one.
+// linear_w4a16: checks what all kernels take for granted, and picks one.
 //
 //   M <= 4            linear_decode.cuh, any GPU: exact integer products, made for chains of small calls
 //   M  > 4, Hopper    linear_wgmma.cuh
 //   M  > 4, others    linear_decode.cuh in passes of 8 tokens (pyquant/ops/linear.py expands the weight for many
 //   tokens)
+//   pinned, Hopper    linear_mma.cuh, 4 to 16 tokens: nothing takes it by itself
 #include <algorithm>
 
 #include "format.cuh"

@@ -65,9 +65,9 @@ INSTANCES = [
 @pytest.mark.parametrize("log_splits", [0, 1, 3])
 @pytest.mark.parametrize("dtype, tokens, group_size, geometry", INSTANCES)
 def test_products_and_planted_faults(lib, dtype, tokens, group_size, geometry, log_splits):
-    """Few rows a block and many, K that ends inside a unit and N inside a tile, one pass of tokens and two."""
+    """Rings filled once and often, K that ends inside a unit and N inside a tile, one pass of tokens and two."""
     torch.manual_seed(log_splits)
-    for i, (m, n, k, blocks) in enumerate([(tokens, 130, 712, 4), (5, 48, 2440, 2), (tokens + 3, 84, 325, 1)]):
+    for i, (m, n, k, blocks) in enumerate([(tokens, 130, 712, 4), (5, 48, 2440, 2), (tokens + 3, 180, 325, 1)]):
         symmetric = (i + log_splits) % 2 == 0
         weight = make_weight(n, k, group_size, symmetric, dtype, "cpu")
         wide = torch.randn(m, -(-k // 8) * 8 + 8).to(dtype)
