@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import peers_attention
 from benchmarks.timing import copies_for, graph_us
 from pyquant import ops, reference
 from pyquant.formats import kv4
@@ -133,9 +134,16 @@ def cache_bytes(batch: int, context: int, kv_heads: int, d: int, bits: int = 4, 
     return batch * kv_heads * (-(-seen // kv4.PAGE) * kv4.page_bytes(d, bits) + kept * 4 * d)
 
 
-def attention_kv4_rows(ceilings: dict[str, float]) -> list[dict]:
-    """Microseconds of attention_kv4 (one query token, bf16), of append_kv4 and of torch's attention over a bf16 cache."""
+def attention_kv4_rows(ceilings: dict[str, float], heads_kinds: int = len(HEADS)) -> list[dict]:
+    """Microseconds of attention_kv4 (one query token, bf16), of append_kv4, of torch's attention over a bf16 cache and, for the
+    first heads, of flashinfer's (:mod:`benchmarks.peers_attention`). The baseline is the faster of torch's.
+
+    Args:
+        ceilings: of this card.
+        heads_kinds: how many of :data:`HEADS` are measured.
+    """
     rows: list[dict] = []
+    others = peers_attention.available()
     read = ceilings["read_tbps"] * 1e6
 
     def add(op: str, impl: str, shape: tuple, us: float, size: int, best: tuple | None, **more: object) -> None:
@@ -149,7 +157,7 @@ def attention_kv4_rows(ceilings: dict[str, float]) -> list[dict]:
             }
         )  # fmt: skip
 
-    for number, (heads, kv_heads, d) in enumerate(HEADS):
+    for number, (heads, kv_heads, d) in enumerate(HEADS[:heads_kinds]):
         errors = {bits: check(heads, kv_heads, d, bits) for bits in kv4.BITS}
         for batch, context in SHAPES if number == 0 else FEW:
             shape = (batch, context, heads, kv_heads, d)
@@ -178,6 +186,12 @@ def attention_kv4_rows(ceilings: dict[str, float]) -> list[dict]:
             add("append_kv4", "pyquant", shape, append, 0, None)
             for name, us in peers.items():
                 add("attention_kv4", name, shape, us, size, best)
+            if shape[2:] == peers_attention.HEADS:
+                for name, (us, error) in peers_attention.times(others, batch, context).items():
+                    need = peers_attention.cache_bytes(name, batch, context, shape[2:])
+                    add("attention_kv4", name, shape, us, need, best, rel_err=error)
+                    peers[name] = us
+                torch.cuda.empty_cache()
             shown = " ".join(f"{bits} bit {us:.1f}" for bits, us in times.items())
             shown += f" append {append:.1f} " + " ".join(f"{n} {us:.1f}" for n, us in peers.items())
             roof = cache_bytes(batch, context, kv_heads, d) / read

@@ -10,6 +10,7 @@ benchmarks.blockwise_large`` shares the windows out over GPUs. The steps are tho
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import time
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from benchmarks.ptq import commit
 from pyquant.formats.spec import QuantSpec
 from pyquant.integrations.blockwise import quantize_blocks
 from pyquant.integrations.evaluate import probe_logits
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--start", default="gptq")
     parser.add_argument("--activations", default="host", help="host is the low-memory setting")
     parser.add_argument("--gpu-memory", type=float, default=24.0, help="GiB to stay within")
+    parser.add_argument("--commit", help="of the working tree, where git does not know it")
     args = parser.parse_args()
     clock = Clock()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,13 +156,18 @@ def main() -> None:
         difference = verify(
             args.work / "quantized", probe, expected, next(model.parameters()).dtype, torch.device(device)
         )
-    facts = {
-        "shape": args.shape, "spec": str(spec), "tokens": args.windows * args.length, "steps": args.steps,
-        "batch_size": args.batch_size, "start": args.start, "activations": args.activations, "seconds": clock.seconds,
-        "minutes": clock.seconds["quantize"] / 60, "gpu": gpu, "peak": peak_memory(), "expected": memory,
-        "processes": size, "max_difference": difference, "blocks": len(found.blocks),
-        "versions": versions(device), "notes": found.notes,
+    about = versions(device)
+    meta = {
+        "shape": args.shape, "spec": str(spec), "gpu": about["device"], "versions": about, "processes": size,
+        "commit": args.commit or commit(), "date": datetime.date.today().isoformat(),
     }  # fmt: skip
+    row = {
+        "tokens": args.windows * args.length, "steps": args.steps, "batch_size": args.batch_size, "start": args.start,
+        "activations": args.activations, "seconds": clock.seconds, "minutes": clock.seconds["quantize"] / 60, "memory": gpu,
+        "peak": peak_memory(), "expected": memory, "max_difference": difference, "blocks": len(found.blocks),
+        "notes": found.notes,
+    }  # fmt: skip
+    facts = {"meta": meta, "rows": [row]}
     print(json.dumps(facts, indent=1))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

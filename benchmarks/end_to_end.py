@@ -1,10 +1,10 @@
 """``python -m benchmarks.end_to_end [--out FILE]``: decode and prefill of an 8B Llama shape with random weights.
 
-Arms: ``pyquant`` (QLinear, group 128, after ``prepare_for_inference``), ``bf16`` and ``tinygemm`` (torch's int4 kernel). Decode
-of pyquant is timed through a plain ``model.generate``: the difference of calls with many and with one new token, over the
-steps. For the peers, whose ``generate`` is bound by the host, the better figure counts: a step over a static cache captured
-in a CUDA graph (with ``--compile`` also compiled, about a minute for each arm and batch). Nothing is timed unless the fused
-step gives the model's logits.
+Arms: ``pyquant`` (QLinear, group 128, after ``prepare_for_inference``), ``pyquant w4a8`` (the same with its inputs in int8),
+``bf16`` and ``tinygemm`` (torch's int4 kernel). Decode of pyquant is timed through a plain ``model.generate``: the difference
+of calls with many and with one new token, over the steps. For the peers, whose ``generate`` is bound by the host, the better
+figure counts: a step over a static cache captured in a CUDA graph (with ``--compile`` also compiled, about a minute for each
+arm and batch). Nothing is timed unless the fused step gives the model's logits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import pyquant
 from benchmarks.timing import graph_us, meta
 from pyquant import QLinear, QuantSpec, ops
 from pyquant.formats import int4
+from pyquant.formats.spec import ActSpec
 from pyquant.integrations.inference import undo
 from pyquant.integrations.read_decoder import read_decoder
 
@@ -74,8 +75,16 @@ class Tinygemm(nn.Module):
         return y.view(*x.shape[:-1], self.n)
 
 
+def random_w4a8(n: int, k: int) -> QLinear:
+    """The same with inputs in int8, a scale a token."""
+    layer = random_qlinear(n, k)
+    layer.act = ActSpec(8)
+    return layer
+
+
 MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
     "pyquant": random_qlinear,
+    "pyquant w4a8": random_w4a8,
     "bf16": random_linear,
     "tinygemm": Tinygemm,
 }
@@ -154,13 +163,13 @@ def fused_logits(model: nn.Module, ids: Tensor, prompt: int) -> Tensor:
     return torch.stack(logits, 1)
 
 
-def gate(layers: int) -> dict[str, float]:
+def gate(arm: str, layers: int) -> dict[str, float]:
     """The fused step against the plain model: exactly (fp32) with two layers, and against bf16 with all.
 
     Both the fused and the plain step round activations to bf16 at about the same places, so the fused one may be off from
     fp32 by 1.5 times what the plain one is (it takes one rounding less in norms and activation).
     """
-    small = build("pyquant", min(2, layers))
+    small = build(arm, min(2, layers))
     ids, prompt = prompts(2, 40)["input_ids"], 33
     exact = copy.deepcopy(small).float()(ids).logits[:, prompt - 1 :]
     plain, fused = (
@@ -291,7 +300,7 @@ def prefill(model: nn.Module, arm: str, tokens: int, repeats: int) -> dict[str, 
     row = {"ms": seconds(run, repeats) * 1e3}
     if arm == "bf16":  # no generate around it: the strictest baseline
         row["forward_ms"] = gpu_ms(lambda: model(inputs["input_ids"], use_cache=True, logits_to_keep=1), repeats)
-    if arm == "pyquant":
+    if arm.startswith("pyquant"):
         plan = model.generate.args[1]
         decoder, state = plan.decoder(model), plan._state
         row["forward_ms"] = gpu_ms(lambda: decoder.prefill(state, inputs["input_ids"]), repeats)
@@ -321,23 +330,24 @@ def run_arm(arm: str, args: argparse.Namespace, failed: list[str]) -> list[dict]
     """All measurements of one arm."""
     rows = []
     model = build(arm, args.layers)
-    if arm == "pyquant":
+    ours = arm.startswith("pyquant")
+    if ours:
         pyquant.prepare_for_inference(model, lm_head_bits=args.lm_head_bits)
         if "generate" not in vars(model):
             raise RuntimeError("prepare_for_inference left the model as it is")
-    about = {"impl": arm, "layers": args.layers, "lm_head_bits": args.lm_head_bits if arm == "pyquant" else 16}
+    about = {"impl": arm, "layers": args.layers, "lm_head_bits": args.lm_head_bits if ours else 16}
     for batch in args.batches:
         common = (model, batch, args.prompt, args.new, args.repeats)
         ways = {"graph": lambda c=common: decode_peer(*c, compiled=False)}
         if args.compile:
             ways["compiled graph"] = lambda c=common: decode_peer(*c, compiled=True)
-        if arm == "pyquant":
+        if ours:
             ways = {"generate": lambda c=common: decode_pyquant(*c, args.profile)}
         for way, call in ways.items():
             torch._dynamo.reset()
             if row := guarded(f"{arm} decode batch {batch} ({way})", failed, call):
                 rows.append({"op": "decode", **about, "way": way, "batch": batch, "context": args.prompt, **row})
-        if args.parts and arm == "pyquant":
+        if args.parts and ours:
             guarded(f"{arm} parts batch {batch}, us", failed, lambda b=batch: parts(model, b, args.prompt))
     if args.prefill and (
         row := guarded(f"{arm} prefill {args.prefill}", failed, lambda: prefill(model, arm, args.prefill, args.repeats))
@@ -364,7 +374,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="results file, e.g. benchmarks/results/h200/end_to_end.json")
-    parser.add_argument("--arms", nargs="*", choices=MAKERS, default=list(MAKERS))
+    parser.add_argument("--arms", nargs="*", choices=MAKERS, default=["pyquant", "bf16", "tinygemm"])
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt before decoding")
@@ -388,9 +398,10 @@ def main() -> None:
     print(json.dumps(about), flush=True)
     rows: list[dict] = []
     failed: list[str] = []
-    if "pyquant" in args.arms:
-        about["gate"] = gate(args.layers)
-        print(f"gate: {about['gate']}", flush=True)
+    for arm in args.arms:
+        if arm.startswith("pyquant"):
+            about["gate" if arm == "pyquant" else f"gate {arm}"] = found = gate(arm, args.layers)
+            print(f"gate {arm}: {found}", flush=True)
     for arm in args.arms:
         gc.collect()
         torch.cuda.empty_cache()

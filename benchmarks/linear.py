@@ -50,7 +50,7 @@ def linear_rows(
     for k, n in shapes:
         copies = copies_for(n * k // 2, most=32)
         weights = random_weights(n, k, copies)
-        made = {name: [maker(w, GROUP) for w in weights] for name, maker in present.items()}
+        made = {name: _made(name, maker, weights) for name, maker in present.items()}
         for m in tokens:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             ours = made["pyquant"][0]
@@ -59,13 +59,35 @@ def linear_rows(
             calls = max(16, copies) if m <= 256 else 4
             times = {}
             for name, layers in made.items():
-                if name in ("tinygemm", "torchao") and m > 256:
-                    continue  # grows with M: milliseconds that say nothing new
-                if name not in peers.OWN:
-                    peers.looks_right(name, layers[0], weights[0], x)
-                times[name] = chain_us(layers, x, calls, hand_on=name in peers.TAKES_ROW_STRIDES)
+                if not layers or (name in ("tinygemm", "torchao") and m > 256):
+                    continue  # the latter grow with M: milliseconds that say nothing new
+                us = _peer_us(name, layers, weights[0], x, calls)
+                if us is not None:
+                    times[name] = us
             rows += _rows("linear_w4a16", times, m, n, k, roof_us(m, n, k, ceilings), "cublas-bf16", error)
     return rows
+
+
+def _made(name: str, maker: peers.Maker, weights: list[Tensor]) -> list[Callable[[Tensor], Tensor]]:
+    """A layer a weight; none where a peer's code fails."""
+
+    def work() -> list[Callable[[Tensor], Tensor]]:
+        return [maker(w, GROUP) for w in weights]
+
+    n, k = weights[0].shape
+    return work() if name in peers.OWN else peers.attempt(f"{name} at N={n} K={k}", work) or []
+
+
+def _peer_us(name: str, layers: list[Callable[[Tensor], Tensor]], w: Tensor, x: Tensor, calls: int) -> float | None:
+    """Microseconds a call in a chain. A peer has to compute the product first; None where it fails at this shape."""
+
+    def work() -> float:
+        if name not in peers.OWN:
+            peers.looks_right(name, layers[0], w, x)
+        return chain_us(layers, x, calls, hand_on=name in peers.TAKES_ROW_STRIDES)
+
+    where = f"{name} at M={len(x)} N={w.shape[0]} K={w.shape[1]}"
+    return work() if name in peers.OWN else peers.attempt(where, work)
 
 
 def backward_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tuple[int, int]]) -> list[dict]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import functools
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks import peers
 from benchmarks.timing import copies_for, graph_us
 from pyquant import reference
 from pyquant.formats import act8, int4
@@ -189,18 +191,34 @@ def pack(w: Tensor) -> tuple[Tensor, Tensor]:
     return quantize_int4(w, scale, None, GROUP, 4), int4.tile_scale(scale, k, GROUP)
 
 
-def linear_w4a8_rows(ceilings: dict[str, float], tokens: list[int], shapes: list[tuple[int, int]]) -> list[dict]:
+def linear_w4a8_rows(
+    ceilings: dict[str, float],
+    tokens: list[int],
+    shapes: list[tuple[int, int]],
+    present: dict[str, Callable[[Tensor, int], peers.HummingA8]],
+) -> list[dict]:
     """linear_w4a8 (group 128, symmetric, one scale a token) at every (K, N) and M: the product alone on codes that are there,
-    the pair with quantize_activation, and cuBLAS, each over cold weights in one captured graph."""
+    the pair with quantize_activation, and cuBLAS, each over cold weights in one captured graph; of the peers (:data:`peers.A8`)
+    the product alone and, as ``+quantize``, with their own quantization of x."""
     rows: list[dict] = []
     for k, n in shapes:
         copies = copies_for(n * k // 2, most=32)
         ws = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5 for _ in range(copies)]
         weights = [pack(w) for w in ws]
+        made = {
+            name: peers.attempt(name, lambda maker=maker, ws=ws: [maker(w, GROUP) for w in ws])
+            for name, maker in present.items()
+        }
         for m in tokens:
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             calls = max(16, copies) if m <= 256 else 4
             times, errors = _times(x, ws, weights, calls)
+            for name, layers in made.items():
+                where = f"{name} at M={m} N={n} K={k}"
+                found = layers and peers.attempt(where, functools.partial(_peer_times, name, layers, x, calls))
+                if found:
+                    times |= found[0]
+                    errors[name] = found[1]
             roof = max(
                 (n * k * (0.5 + 2 / GROUP) + m * k + 2 * m * n) / ceilings["read_tbps"] / 1e6,
                 m * n * k / ceilings["bf16_tflops"] / 1e6,  # 8-bit operands at twice the rate
@@ -243,6 +261,20 @@ def _times(
         times[f"{name}+quantize"] = graph_us([lambda i=i, q=quantize: multiply(i, q()) for i in range(calls)])
         times[f"quantize_activation-{short}"] = graph_us([quantize] * max(8, calls))
     return times, errors
+
+
+def _peer_times(name: str, layers: list[peers.HummingA8], x: Tensor, calls: int) -> tuple[dict[str, float], float]:
+    """Microseconds of the product alone and of the pair, and the error against the product with the same 4-bit weight."""
+    most, first = peers.LOOKS_RIGHT_A8[layers[0].name], layers[0]
+    w, made = first.rounded(), first.quantize(x)
+    error = peers.looks_right(f"{name}, both in one call,", first, w, x, most)
+    peers.looks_right(name, lambda _: first.multiply(*made), w, x, most)
+    taken = [layers[i % len(layers)] for i in range(calls)]
+    times = {
+        name: graph_us([functools.partial(layer.multiply, *made) for layer in taken]),
+        f"{name}+quantize": graph_us([functools.partial(layer, x) for layer in taken]),
+    }
+    return times, error
 
 
 def dequantized(weight: tuple[Tensor, Tensor], n: int, k: int) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ Maker = Callable[[Tensor, int], Callable[[Tensor], Tensor]]
 # A 4-bit result is this far from the product with the full weight: round to nearest over 128 normal numbers is off by a
 # tenth, NF4 and FP4 over 64 by less or a little more. A peer that is called wrongly is off by about 1.4.
 LOOKS_RIGHT = 0.25
+# Of a product of the weight in 4 bits with 8-bit activations: a step of int8 is 1/127 of the largest of a token's normal
+# numbers, an error of 0.01; 3 bits of mantissa give 0.025. A weight off by its 4 bits would be off by 0.1.
+LOOKS_RIGHT_A8 = {"int8": 0.02, "e4m3": 0.05}
 
 
 def cublas(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
@@ -72,8 +77,13 @@ def _gemlite() -> type:
     """Its maker of layers, with tiles that it ships: those of an H100 where it has none for this GPU (an H200)."""
     import gemlite
     from gemlite.helper import A16W4_HQQ_INT
+    from triton.runtime.autotuner import Autotuner
 
     gemlite.set_autotune(False)  # what no table holds takes its default tile: tuning takes minutes for each shape
+    for module in [m for name, m in sys.modules.items() if name.startswith("gemlite.triton_kernels.")]:
+        for kernel in vars(module).values():
+            if isinstance(kernel, Autotuner) and len(kernel.configs) == 1:
+                kernel.configs = kernel.configs * 2  # Triton asks for the table's tile only where there is a choice
     shipped = Path(gemlite.__file__).parent / "configs"
     name = torch.cuda.get_device_name().lower().replace(" ", "_")
     own = [file for file in shipped.glob("*.json") if file.stem in name]
@@ -89,16 +99,62 @@ def gemlite(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
     return maker.from_weights(codes, scale.reshape(-1, 1), zeros.reshape(-1, 1))
 
 
-def humming(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
-    """humming-kernels; compiles for each shape and range of M (NVRTC or nvcc) at the first call."""
+def _humming(w: Tensor, group: int, **inputs: object) -> Any:
+    """Its layer with w rounded to int4, before ``transform`` lays it out for the kernels; inputs: of its input's format."""
     from humming.layer import HummingLayer
 
     n, k = w.shape
     config = {"dtype": "int4", "group_size": group}
-    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=w.dtype).to(w.device)
+    layer = HummingLayer(shape_n=n, shape_k=k, weight_config=config, input_config=inputs, torch_dtype=w.dtype)
+    layer = layer.to(w.device)
     layer.load_from_unquantized(w)
-    layer.transform()
     return layer
+
+
+def _tile(layer: Any, m: int) -> dict[str, Any]:
+    """The tile that its heuristics choose for M = m: a call without one compiles those of all ranges of M, 33 for a shape."""
+    from humming.tune import get_heuristics_config
+
+    return get_heuristics_config(layer.humming_config, shape_m=m)
+
+
+def humming(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
+    """humming-kernels; compiles for each shape and tile (NVRTC or nvcc) at the first call."""
+    layer = _humming(w, group)
+    layer.transform()
+    return lambda x: layer(x, tuning_config=_tile(layer, len(x)))
+
+
+class HummingA8:
+    """humming-kernels with int4 weights and 8-bit activations, one scale a token: both halves apart, and in one call.
+
+    Attributes:
+        name: of the activations' format, ``"int8"`` or ``"e4m3"``.
+    """
+
+    def __init__(self, w: Tensor, group: int, name: str) -> None:
+        self.name, self._full = name, (w, group)
+        self._layer = _humming(w, group, dtype={"int8": "int8", "e4m3": "float8e4m3"}[name])
+        self._layer.transform()
+
+    def quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes ``[M, K]`` and the scales of x ``[M, K]``, by its kernel."""
+        from humming.forward import may_quant_input
+
+        return may_quant_input(self._layer.humming_config, x)
+
+    def multiply(self, codes: Tensor, scale: Tensor) -> Tensor:
+        """``[M, N]`` of what :meth:`quantize` returned."""
+        return self._layer(codes, input_scale=scale, tuning_config=_tile(self._layer, len(codes)))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Both, as its layer does where it is given 16 bits."""
+        return self._layer(x, tuning_config=_tile(self._layer, len(x)))
+
+    def rounded(self) -> Tensor:
+        """The weight in 4 bits that the layer holds, fp32 ``[N, K]``: rounded once more, the same way."""
+        layer = _humming(*self._full)
+        return layer.weight_schema.dequant_tensors(dict(layer.state_dict()))
 
 
 def torchao(w: Tensor, group: int) -> Callable[[Tensor], Tensor]:
@@ -123,49 +179,67 @@ LINEAR: dict[str, Maker] = {
     "humming": humming,
     "torchao": torchao,
 }
+A8: dict[str, Callable[[Tensor, int], HummingA8]] = {
+    "humming-int8": functools.partial(HummingA8, name="int8"),
+    "humming-e4m3": functools.partial(HummingA8, name="e4m3"),
+}
 # Who may be handed the first columns of wider rows in a chain; the others get the same x at each call.
 TAKES_ROW_STRIDES = ("cublas-bf16", "pyquant")
 
 
-def available(names: list[str] | None = None, say: Callable[[str], None] = print) -> dict[str, Maker]:
+def available(
+    names: list[str] | None = None, say: Callable[[str], None] = print, makers: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The peers that can be made and called here; a small product is tried with each.
 
     Args:
-        names: of :data:`LINEAR`; all by default.
+        names: of these makers; all by default.
         say: told, a line each, who is left out and why.
+        makers: :data:`LINEAR`, the default, or :data:`A8`.
     """
+    makers = LINEAR if makers is None else makers
     w = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16) / 32
     x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
     found = {}
-    for name in names or LINEAR:
+    for name in makers if names is None else names:
         if name in OWN:
-            found[name] = LINEAR[name]
+            found[name] = makers[name]
             continue
-        try:
-            looks_right(name, LINEAR[name](w, 128), w, x)
-        except Exception as error:  # whatever it is, the others are measured
-            say(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            continue
-        found[name] = LINEAR[name]
+        if attempt(name, functools.partial(_try, name, makers[name], w, x), say) is not None:
+            found[name] = makers[name]
     return found
+
+
+def _try(name: str, maker: Callable[[Tensor, int], Any], w: Tensor, x: Tensor) -> float:
+    return looks_right(name, maker(w, 128), w, x)
+
+
+def attempt(name: str, work: Callable[[], Any], say: Callable[[str], None] = print) -> Any:
+    """What ``work`` returns, or None where a peer's code fails, whatever it is: a line says so, and the others are measured."""
+    try:
+        return work()
+    except Exception as error:
+        say(f"{name} is left out: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return None
 
 
 def versions() -> dict[str, str]:
     """Version of each package of a peer that is installed."""
     found = {}
-    for package in ("bitsandbytes", "gemlite", "humming-kernels", "torchao"):
+    for package in ("bitsandbytes", "flashinfer-python", "gemlite", "humming-kernels", "torchao"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
 
 
-def looks_right(name: str, layer: Callable[[Tensor], Tensor], w: Tensor, x: Tensor) -> None:
-    """A peer computes x @ w.T but for its rounding to 4 bits.
+def looks_right(name: str, layer: Callable[[Tensor], Tensor], w: Tensor, x: Tensor, most: float = LOOKS_RIGHT) -> float:
+    """A peer computes x @ w.T but for its rounding, to 4 bits where nothing else is said. Returns the relative error.
 
     Raises:
         RuntimeError: it does not; a time of something else says nothing.
     """
     exact = x.float() @ w.float().T
     error = float((layer(x).float() - exact).norm() / exact.norm())
-    if not error < LOOKS_RIGHT:
-        raise RuntimeError(f"{name} is off by {error:.2f} from the product, 4 bits by at most {LOOKS_RIGHT}")
+    if not error < most:
+        raise RuntimeError(f"{name} is off by {error:.3f} from the product, its bits by at most {most}")
+    return error

@@ -105,8 +105,10 @@ def gptqmodel(folder: Path, spec: QuantSpec, tokens: Tensor, device: str, seed: 
 
     channel = spec.group_size == -1
     config = QuantizeConfig(
-        bits=spec.bits, group_size=spec.group_size, sym=spec.symmetric, desc_act=channel, act_group_aware=not channel
-    )
+        bits=spec.bits, group_size=spec.group_size, sym=spec.symmetric, desc_act=channel, act_group_aware=not channel,
+        format="gptq_v2",  # zeros as they are: dequantize_weight before a reload takes them so, the first format has z - 1
+        offload_to_disk=False,  # weights stay here, not on the meta device with their values in files
+    )  # fmt: skip
     tool = GPTQModel.load(str(folder), config)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     tool.quantize(rows, batch_size=4)
@@ -205,7 +207,7 @@ def main() -> None:
     tools = {name: importlib.metadata.version(name) for name in _installed()}
     held["meta"] = {
         "model": args.model,
-        "device": versions(args.device)["device"],
+        "gpu": versions(args.device)["device"],
         "versions": tools,
         "commit": args.commit or commit(),
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import peers
-from benchmarks.attention_kv4 import attention_kv4_rows
+from benchmarks.attention_kv4 import HEADS, attention_kv4_rows
 from benchmarks.distill import distill_rows
 from benchmarks.fake_quant import fake_quant_rows
 from benchmarks.linear import backward_rows, linear_rows
@@ -21,25 +21,31 @@ SHAPES = [(4096, 4096), (4096, 6144), (4096, 14336), (14336, 4096), (8192, 8192)
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096]
 
 FAMILIES = {
-    "linear_w4a8": linear_w4a8_rows,
     "fake_quant": fake_quant_rows,
     "distill": distill_rows,
-    "attention_kv4": attention_kv4_rows,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=["linear", *FAMILIES], required=True)
+    parser.add_argument("--family", choices=["linear", "linear_w4a8", "attention_kv4", *FAMILIES], required=True)
     parser.add_argument("--out", type=Path, help="results file; printed only when absent")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     parser.add_argument("--shapes", nargs="*", default=[f"{k}x{n}" for k, n in SHAPES], help="KxN")
     parser.add_argument("--commit", help="the commit that is measured, where the folder is no git checkout")
     parser.add_argument("--backward", action="store_true", help="with --family linear: the gradient to x instead")
-    parser.add_argument("--peers", nargs="*", choices=peers.LINEAR, help="with --family linear: these and ours only")
+    parser.add_argument(
+        "--peers", nargs="*", choices=[*peers.LINEAR, *peers.A8], help="of linear or linear_w4a8: these and ours only"
+    )
+    parser.add_argument(
+        "--heads", type=int, default=len(HEADS), help="of attention_kv4: the first so many kinds of heads"
+    )
     args = parser.parse_args()
     if args.backward and args.family != "linear":
         raise SystemExit(f"--backward belongs to --family linear, not to {args.family}, which times its own backward")
+    known = {"linear": peers.LINEAR, "linear_w4a8": peers.A8}.get(args.family, {})
+    if args.peers and not set(args.peers) <= set(known):
+        raise SystemExit(f"--family {args.family} knows the peers {', '.join(known) or '(none)'}")
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks need a CUDA device")
     torch.manual_seed(0)
@@ -53,9 +59,15 @@ def main() -> None:
         about["peers"] = peers.versions()
         chosen = peers.available(None if args.peers is None else [*dict.fromkeys([*peers.OWN, *args.peers])])
         rows = linear_rows(about["ceilings"], args.tokens, shapes, chosen)
+    elif args.family == "linear_w4a8":
+        about["peers"] = peers.versions()
+        chosen = peers.available(args.peers, makers=peers.A8)
+        rows = linear_w4a8_rows(about["ceilings"], args.tokens, shapes, chosen)
+    elif args.family == "attention_kv4":
+        about["peers"] = peers.versions()
+        rows = attention_kv4_rows(about["ceilings"], args.heads)
     else:
-        extra = (args.tokens, shapes) if args.family == "linear_w4a8" else ()
-        rows = FAMILIES[args.family](about["ceilings"], *extra)
+        rows = FAMILIES[args.family](about["ceilings"])
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"meta": about, "rows": rows}, indent=1) + "\n")

@@ -61,6 +61,15 @@ def qat_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     return about, ["format", "arm", "seeds", *TEXTS, "books, over"], cells
 
 
+def best_table(found: dict[str, Any], measured: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """:func:`qat_table` of arms that were looked for, beside KL + CE and the control of the main table."""
+    beside = [r for r in measured["rows"] if r["arm"] in ("control", "kd", "soft-kd")]
+    specs = {r["spec"] for r in found["rows"]} | {"not quantized"}
+    rows = found["rows"] + [r for r in beside if r["spec"] in specs]
+    rows = [{**r, "perplexity": {t: r["perplexity"][t] for t in TEXTS}} for r in rows]  # no tuning text
+    return qat_table({"meta": found["meta"], "rows": rows})
+
+
 def large_table(found: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """A KD-QAT step of the 8B shape, a row for each way."""
     meta = found["meta"]

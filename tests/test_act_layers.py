@@ -12,9 +12,11 @@ from pyquant.formats.spec import ActSpec, QuantSpec
 from pyquant.integrations.act_config import act_of, common_act, input_activations, set_act
 from pyquant.integrations.evaluate import probe_logits
 from pyquant.integrations.export import export, verify
+from pyquant.integrations.read_decoder import read_decoder
 from pyquant.integrations.transformers import PyQuantConfig, compressed_tensors_config, load_causal_lm, load_model
 from pyquant.nn import QLinear
 from pyquant.nn.fused import FusedLinear
+from pyquant.ops import silu_and_mul
 from pyquant.recipes.rtn import rtn
 from pyquant.recipes.vocabulary import fake_quant_tokens
 
@@ -79,6 +81,37 @@ def test_fused_layers_share_one_way():
 def test_spec_refuses(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         ActSpec(**fields)
+
+
+@pytest.mark.parametrize("act", [None, *ACTS], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_product_after_silu_is_that_of_its_parts(act, symmetric):
+    layer = QLinear.from_linear(torch.nn.Linear(192, 70, dtype=torch.bfloat16), QuantSpec(4, 64, symmetric))
+    layer.act = act
+    gate_up = torch.randn(3, 2, 384).bfloat16()
+    with torch.no_grad():
+        got = layer.after_silu(gate_up)
+        assert torch.equal(got, layer(silu_and_mul(gate_up)))
+        assert not torch.equal(got, layer.after_silu(gate_up.flip(-1)))
+
+
+def test_prepared_model_with_quantized_inputs_gives_the_models_logits():
+    model = tiny_llama()
+    rtn(model, SPEC)
+    ids = some_tokens()
+    with torch.no_grad():
+        other = model(ids).logits[:, 19:]
+        set_act(model, ActSpec(8))
+        want = model(ids).logits[:, 19:]
+        decoder = read_decoder(model)
+        state = decoder.new_state(2, 64)
+        logits = [decoder.prefill(state, ids[:, :20])]
+        for i in range(20, 24):
+            state.advance(ids[:, i])
+            logits.append(decoder.step(state))
+    error = (torch.stack(logits, 1) - want).norm() / want.norm()
+    assert error < 1e-4
+    assert (other - want).norm() / want.norm() > 10 * error
 
 
 @pytest.mark.parametrize("act", [None, *(a for a in ACTS if a.clip == 1)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,77 @@ def test_the_table_has_a_column_for_each_peer_that_was_there():
         "| 8 x 4 | 1 | 1.0 | **2.0** | 5.0 | 3.0 | 2.50x |",
         "| 8 x 4 | 2 | 1.0 | **2.0** | 4.0 | - | 2.00x |",
     ]
+
+
+def humming_stub(monkeypatch, off=1.0):
+    """A package with humming's calls: the weight in steps of 1/8, x in int8, and a product ``off`` times the right one."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, shape_n, shape_k, weight_config, input_config, torch_dtype):
+            super().__init__()
+            assert weight_config == {"dtype": "int4", "group_size": 128}
+            self.register_buffer("weight", torch.empty(shape_n, shape_k, dtype=torch_dtype))
+            self.input_config, self.humming_config = input_config, None
+            self.weight_schema = types.SimpleNamespace(dequant_tensors=lambda tensors: tensors["weight"].float())
+
+        def load_from_unquantized(self, w):
+            self.weight.copy_((w * 8).round() / 8)
+
+        def transform(self):
+            self.humming_config = self.input_config
+
+        def forward(self, x, input_scale=None, tuning_config=None):
+            assert tuning_config == {"m": len(x)}
+            codes, scale = (x, input_scale) if input_scale is not None else quantize(self.humming_config, x)
+            return off * (codes.float() * scale) @ self.weight.float().T
+
+    def quantize(config, x):
+        assert config["dtype"] == "int8"
+        scale = x.float().abs().amax(1, keepdim=True) / 127
+        return (x / scale).round().to(torch.int8), scale
+
+    tune = types.SimpleNamespace(get_heuristics_config=lambda config, shape_m: {"m": shape_m})
+    monkeypatch.setitem(sys.modules, "humming", types.ModuleType("humming"))
+    monkeypatch.setitem(sys.modules, "humming.tune", tune)
+    monkeypatch.setitem(sys.modules, "humming.layer", types.SimpleNamespace(HummingLayer=Layer))
+    monkeypatch.setitem(sys.modules, "humming.forward", types.SimpleNamespace(may_quant_input=quantize))
+
+
+def test_humming_with_8_bit_activations_is_held_to_its_own_weight(monkeypatch):
+    humming_stub(monkeypatch)
+    torch.manual_seed(0)
+    w, x = torch.randn(24, 256), torch.randn(5, 256)
+    peer, most = peers.A8["humming-int8"](w, 128), peers.LOOKS_RIGHT_A8["int8"]
+    codes, scale = peer.quantize(x)
+    assert codes.dtype == torch.int8
+    assert torch.equal(peer.multiply(codes, scale), peer(x))
+    assert 1e-3 < peers.looks_right("peer", peer, peer.rounded(), x, most) < most
+    with pytest.raises(RuntimeError, match="is off by"):  # the weight before rounding is too far away for 8 bits
+        peers.looks_right("peer", peer, w, x, most)
+    humming_stub(monkeypatch, off=1.03)
+    with pytest.raises(RuntimeError, match="is off by"):
+        peers.looks_right("peer", peers.A8["humming-int8"](w, 128), peer.rounded(), x, most)
+
+
+def test_a_peer_that_fails_is_left_out_with_its_reason(monkeypatch):
+    said = []
+    assert peers.attempt("one", lambda: 1 / 0, said.append) is None
+    assert said == ["one is left out: ZeroDivisionError: division by zero"]
+
+    def fails(*_):
+        raise NotImplementedError("no such shape")
+
+    w = torch.randn(8, 128)
+    assert linear._made("gemlite", fails, [w]) == []
+    assert linear._peer_us("gemlite", [fails], w, torch.randn(2, 128), 4) is None
+    with pytest.raises(NotImplementedError):  # ours may not
+        linear._made("pyquant", fails, [w])
+    monkeypatch.setattr(linear, "chain_us", lambda *_, **__: 3.0)
+    assert linear._peer_us("gemlite", [lambda x: x @ w.T], w, torch.randn(2, 128), 4) == 3.0
+
+
+def test_a_family_takes_its_own_peers(monkeypatch):
+    for family, theirs in (("linear_w4a8", "gemlite"), ("linear", "humming-int8"), ("distill", "humming")):
+        monkeypatch.setattr(sys, "argv", ["run", "--family", family, "--peers", theirs])
+        with pytest.raises(SystemExit, match=f"--family {family} knows the peers"):
+            run.main()

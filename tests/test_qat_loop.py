@@ -24,6 +24,7 @@ from pyquant.integrations.ablate_qat import (
     teaching_of,
     unmasked_attention,
 )
+from pyquant.integrations.config import KDSettings
 from pyquant.integrations.evaluate import perplexity, probe_logits
 from pyquant.integrations.trainer import train_kd
 from pyquant.nn import FakeQuantLinear, QLinear
@@ -247,6 +248,12 @@ def test_what_an_arm_learns_from():
     b = QATBench(tiny_llama(), learnable_tokens(), {}, rates, share=False)
     found = {arm: b.settings(QAT_ARMS[arm], SPEC, 0).lr for arm in ("kd-pure", "qat-ce", "kd")}
     assert found == {"kd-pure": 7e-4, "qat-ce": 5e-4, "kd": KDConfig().lr}
+
+
+def test_the_recipes_default_is_an_arm_of_the_grid():
+    assert config_of(QAT_ARMS["kd-4to1"]) == replace(KDConfig(), steps=1) == config_of({})
+    assert config_of(QAT_ARMS["kd"]).loss == KDLoss(kl=0.5, ce=0.5) != KDLoss()
+    assert KDSettings(kl=2.0, ce=0.5).scale_lr == KDConfig().scale_lr < KDConfig().lr
 
 
 def test_arms_that_cannot_be():

@@ -1,4 +1,4 @@
-"""The plug-in of vLLM: what arrives at a kernel becomes our tiled order; against vLLM's own interface where it is installed."""
+"""The plug-in of vLLM: what arrives at a kernel becomes our tiled order; by vLLM's interface, a stand-in where it is absent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import vllm_stand_in
 from torch import Tensor, nn
 
 from pyquant.formats.spec import QuantSpec
@@ -16,7 +17,13 @@ from pyquant.nn import QLinear
 from pyquant.nn.linear import multiply
 
 FORMATS = [(4, 128, True), (4, 32, False), (4, -1, True), (3, 32, True), (3, 64, False), (2, 64, True)]
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """vLLM, or where it is not installed what the plug-in needs of it."""
+    if importlib.util.find_spec("vllm") is None:
+        vllm_stand_in.install(monkeypatch)
 
 
 def parts(bits: int, group: int, symmetric: bool, sizes: tuple[int, ...] = (64, 32, 32)) -> list[QLinear]:
@@ -90,7 +97,7 @@ def test_the_switch_is_checked(monkeypatch):
         vllm_plugin.register()
 
 
-@needs_vllm
+@pytest.mark.usefixtures("vllm")
 @pytest.mark.parametrize("how", ["last", "first", "off"])
 def test_registering_puts_the_kernel_where_it_is_asked_for(how, monkeypatch):
     from vllm.model_executor.kernels import linear as kernels
@@ -108,7 +115,7 @@ def test_registering_puts_the_kernel_where_it_is_asked_for(how, monkeypatch):
         assert held[-1 if how == "last" else 0].__name__ == "PyQuantLinearKernel"
 
 
-@needs_vllm
+@pytest.mark.usefixtures("vllm")
 @pytest.mark.parametrize(("bits", "group", "symmetric"), FORMATS)
 def test_the_kernel_computes_what_the_layers_compute(bits, group, symmetric):
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig
@@ -129,7 +136,7 @@ def test_the_kernel_computes_what_the_layers_compute(bits, group, symmetric):
     torch.testing.assert_close(kernel.apply_weights(layer, x, bias), want, rtol=1e-5, atol=1e-5)
 
 
-@needs_vllm
+@pytest.mark.usefixtures("vllm")
 def test_the_kernel_refuses_other_types():
     from vllm.model_executor.kernels.linear import MPLinearLayerConfig
     from vllm.scalar_type import ScalarType, scalar_types

@@ -32,6 +32,7 @@ from pyquant.recipes.rtn import rtn
 from pyquant.recipes.soft_qat import SoftQAT
 
 _CE = {"loss.kl": 0.0, "loss.ce": 1.0}
+_EVEN = {"loss.kl": 0.5, "loss.ce": 0.5}
 _PURE = {"loss.kl": 1.0, "loss.ce": 0.0}
 _OV = {"freeze": ["v_proj", "o_proj"]}
 _SOFT = {"quantizer": "soft", "soft.rounding": "sigmoid-b", "soft.clamp": "sigmoid"}
@@ -40,18 +41,20 @@ QAT_ARMS: dict[str, dict[str, Any]] = {
     "rtn": {"steps": 0},
     "control": {"quantizer": "none", **_CE},
     "qat-ce": _CE,  # straight-through rounding, hard clamp: the first of the four cells
-    "kd": {},
+    "kd": _EVEN,
+    "kd-4to1": {"loss.kl": 2.0, "loss.ce": 0.5},  # the recipe's default
     "kd-pure": _PURE,
-    "kd-ov": _OV,
+    "kd-ov": {**_EVEN, **_OV},
     "kd-pure-ov": {**_PURE, **_OV},
     "soft-round": {**_SOFT, "soft.clamp": "hard", **_CE},
     "soft-clamp": {**_SOFT, "soft.rounding": "ste", **_CE},
     "soft-both": {**_SOFT, **_CE},
-    "soft-kd": _SOFT,
+    "soft-kd": {**_SOFT, **_EVEN},
+    "soft-kd-4to1": {**_SOFT, "loss.kl": 2.0, "loss.ce": 0.5},
     "soft-kd-pure": {**_SOFT, **_PURE},
-    "soft-kd-ov": {**_SOFT, **_OV},
-    "ste-kd": {"quantizer": "ste"},
-    "range-kd": {"quantizer": "range"},
+    "soft-kd-ov": {**_SOFT, **_EVEN, **_OV},
+    "ste-kd": {"quantizer": "ste", **_EVEN},
+    "range-kd": {"quantizer": "range", **_EVEN},
 }
 QAT_SEEDLESS = ("rtn",)
 UNQUANTIZED = "not quantized"  # what stands in the place of a format in rows of the control

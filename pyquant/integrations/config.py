@@ -35,7 +35,7 @@ class KDSettings(BaseModel):
     :class:`~pyquant.recipes.kd_settings.KDConfig` and of its loss.
 
     Attributes:
-        kl, ce: None is what the recipe is about: 0.5 and 0.5 of kd-qat, 0 and 1 of soft-qat.
+        kl, ce: None is what the recipe is about: 2 and 0.5 of kd-qat, 0 and 1 of soft-qat.
         quantizer: of kd-qat; soft-qat has its own.
     """
 
@@ -46,7 +46,7 @@ class KDSettings(BaseModel):
     seq_len: int = Field(512, ge=2)
     grad_accum: int = Field(1, ge=1)
     lr: float = Field(2e-5, ge=0)
-    scale_lr: float = Field(2e-5, ge=0)
+    scale_lr: float = Field(5e-6, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(20, ge=0)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"

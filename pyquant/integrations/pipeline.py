@@ -409,7 +409,7 @@ def kd_config(config: QuantizeConfig) -> KDConfig:
     """The trainer's configuration of a run."""
     fields, soft = config.kd.model_dump(), config.recipe == "soft-qat"
     terms = {name: fields.pop(name) for name in KDLoss.__dataclass_fields__}
-    for name, usual in (("kl", 0.0 if soft else 0.5), ("ce", 1.0 if soft else 0.5)):
+    for name, usual in (("kl", 0.0 if soft else 2.0), ("ce", 1.0 if soft else 0.5)):
         terms[name] = usual if terms[name] is None else terms[name]
     loss = KDLoss(**terms)
     if soft:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyquant import reference
 from pyquant.nn.fused import FusedLinear
 from pyquant.nn.kv_cache import KVLayer, KVSettings
+from pyquant.nn.linear import QLinear
 from pyquant.ops import (
     add_rms_norm,
     attention_decode,
@@ -42,6 +43,11 @@ class Layer:
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     window: int = 0
+
+    def mlp(self, y: Tensor) -> Tensor:
+        """``down(silu(gate) * up)`` of the normed hidden states."""
+        gate_up = self.gate_up(y)
+        return self.down.after_silu(gate_up) if type(self.down) is QLinear else self.down(silu_and_mul(gate_up))
 
 
 @dataclass
@@ -100,7 +106,7 @@ class Decoder:
             y, x = add_rms_norm(layer.o(a), x, layer.before_mlp, self.eps)
             if i + 1 == len(self.layers):  # of the last layer only the last token counts
                 y, x = y[:, -1], x[:, -1]
-            y = layer.down(silu_and_mul(layer.gate_up(y)))
+            y = layer.mlp(y)
             y, x = add_rms_norm(y, x, self.norm_after(i), self.eps)
         state.slot.fill_(length - 1)
         return self.head(y)
@@ -114,7 +120,7 @@ class Decoder:
         for i, layer in enumerate(self.layers):
             a = self.attend_to_one(state, i, layer.qkv(y))
             y, x = add_rms_norm(layer.o(a), x, layer.before_mlp, self.eps)
-            y = layer.down(silu_and_mul(layer.gate_up(y)))
+            y = layer.mlp(y)
             y, x = add_rms_norm(y, x, self.norm_after(i), self.eps)
         return self.head(y)
 

@@ -16,6 +16,8 @@ from pyquant.ops import (
     linear_w4a16,
     quantize_activation,
     quantize_int4,
+    silu_and_mul,
+    silu_and_mul_quantize,
 )
 from pyquant.quantizers.base import Quantizer, make_quantizer
 from pyquant.quantizers.ranges import find_range, round_scale
@@ -128,6 +130,16 @@ class QLinear(nn.Module):
         weight = self.qweight, self.scale, self.zero
         return multiply(x, weight, self.bias, self.out_features, self.spec.group_size, self.act)
 
+    def after_silu(self, gate_up: Tensor) -> Tensor:
+        """The layer's product of ``silu(gate) * up``, gate_up ``[..., 2 in_features]``; quantized inputs in the same launch."""
+        if self.act is None:
+            return self(silu_and_mul(gate_up))
+        group, k = self.spec.group_size, self.in_features
+        made = silu_and_mul_quantize(gate_up, *how_of(self.act, self.zero is None, group))
+        return linear_w4a8(
+            *made, self.qweight, self.scale, self.zero, self.bias, self.out_features, k, group, self.act.group_size
+        )
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """w_hat ``[out_features, in_features]``, in the layer's dtype unless another is given."""
         n, k = self.out_features, self.in_features
@@ -220,11 +232,15 @@ def multiply(
     """``x @ w_hat.T + bias`` of a tiled weight (qweight, scale, zero), x quantized as act says, or as it is."""
     if act is None:
         return linear_w4a16(x, *weight, bias, n, group_size)
-    dtype = act8.FP8 if act.kind == "float" else torch.int8
-    sums = act8.needs_sums(weight[2] is None, dtype)
-    size = act8.sum_size(group_size, act.group_size) if sums else 0
-    made = quantize_activation(x, act.bits, act.group_size, act.clip, dtype, size)
+    made = quantize_activation(x, *how_of(act, weight[2] is None, group_size))
     return linear_w4a8(*made, *weight, bias, n, x.shape[-1], group_size, act.group_size)
+
+
+def how_of(act: ActSpec, symmetric: bool, group_size: int) -> tuple[int, int, float, torch.dtype, int]:
+    """bits, group_size, clip, dtype and sum_size that an op of :mod:`pyquant.ops.act8` takes, for a weight of that kind."""
+    dtype = act8.FP8 if act.kind == "float" else torch.int8
+    size = act8.sum_size(group_size, act.group_size) if act8.needs_sums(symmetric, dtype) else 0
+    return act.bits, act.group_size, act.clip, dtype, size
 
 
 def _portable_like(layer: QLinear, device: torch.device | str | None, dtype: torch.dtype) -> dict[str, Tensor]:

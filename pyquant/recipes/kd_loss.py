@@ -44,7 +44,7 @@ class KDLoss:
         ValueError: for values outside these ranges.
     """
 
-    kl: float = 0.5
+    kl: float = 2.0
     ce: float = 0.5
     temperature: float = 1.0
     reverse_kl: float = 0.0

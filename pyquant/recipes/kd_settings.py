@@ -21,7 +21,7 @@ class KDConfig:
         batch_size: windows a forward pass, of all processes together; ``batch_size * grad_accum`` make a step.
         seq_len: tokens a window.
         grad_accum: forward passes a step.
-        lr, scale_lr: peak learning rates of weights, and of scales and zeros.
+        lr, scale_lr: peak learning rates of weights, and of scales and zeros (a quarter or so of the weights' was best).
         weight_decay: of matrices; AdamW with betas 0.9 and 0.999.
         warmup_steps: linear warm-up.
         schedule: after it, ``cosine`` or ``linear`` to 0, or ``constant_with_warmup``.
@@ -59,7 +59,7 @@ class KDConfig:
     seq_len: int = 512
     grad_accum: int = 1
     lr: float = 2e-5
-    scale_lr: float = 2e-5
+    scale_lr: float = 5e-6
     weight_decay: float = 0.0
     warmup_steps: int = 20
     schedule: str = "cosine"
