@@ -1,9 +1,11 @@
-// linear_w4a16: checks what both kernels take for granted, and picks one.
+// linear_w4a16: checks what all kernels take for granted, and picks one.
 //
 //   M <= 4            linear_decode.cuh, any GPU: exact integer products, made for chains of small calls
 //   M  > 4, Hopper    linear_wgmma.cuh
 //   M  > 4, others    linear_decode.cuh in passes of 8 tokens (pyquant/ops/linear.py expands the weight for many
 //   tokens)
+//
+// tokens = -8 pins linear_mma.cuh (Hopper, up to 8 tokens), which is for tests and timing until it is chosen.
 #include <algorithm>
 
 #include "format.cuh"
@@ -26,9 +28,9 @@ void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t 
             "linear_w4a16: qweight, scale, zero and y must begin at multiples of 16 bytes");
     const bool hopper = current_device().major == 9;
     if (tokens < 0) {
-        require(hopper && (tokens == -8 || tokens == -16),
-                "linear_w4a16: tokens=" + std::to_string(tokens) + " must be -8 or -16, and the GPU a Hopper");
-        return (call.dtype == 0 ? linear_mma_bf16 : linear_mma_fp16)(call, -tokens, variant, stream);
+        require(hopper && tokens == -8,
+                "linear_w4a16: tokens=" + std::to_string(tokens) + " must be -8, and the GPU a Hopper");
+        return (call.dtype == 0 ? linear_mma_bf16 : linear_mma_fp16)(call, variant, stream);
     }
     if (hopper && (tokens > 0 ? tokens > 8 : call.m > 4)) {
         (call.dtype == 0 ? linear_wgmma_bf16 : linear_wgmma_fp16)(call, tokens, variant, stream);

@@ -1,8 +1,8 @@
-// linear_w4a16 for a few tokens on Hopper: y [M, N] = x [M, K] w_hat^T + bias, w_hat = (code - zero) * scale.
+// linear_w4a16 for up to 8 tokens on Hopper: y [M, N] = x [M, K] w_hat^T + bias, w_hat = (code - zero) * scale.
 //
-// The problem is transposed: the weight is the A operand of m16n8k16 (tiles of 16 rows), 8 or 16 tokens of x are B. A
-// code is not made a number of its own: it is OR'ed into the mantissa of a constant, which gives base + code exactly.
-// What that adds is taken off a group's fp32 sum through the sum of its x:
+// The problem is transposed: the weight is the A operand of m16n8k16 (tiles of 16 rows), the tokens of x are B. A code
+// is not made a number of its own: it is OR'ed into the mantissa of a constant, which gives base + code exactly. What
+// that adds is taken off a group's fp32 sum through the sum of its x:
 //
 //     y[m, n] = sum over groups of  scale[n] ( sum((base + code) * x) - (base + zero[n]) sum(x) )
 //
@@ -10,22 +10,25 @@
 // and kept. The weight is never rounded.
 //
 //              pairs of units (128 columns) ->             the warps of a block share the columns, a pair each in turn,
-//   tile 0     w0  w1 .. w7  w0  w1 ..                     and take R tiles side by side; each has the x of its own
+//   tile 0     w0  w1 .. w7  w0  w1 ..                     and take 4 tiles side by side; each has the x of its own
 //   ..                                                     pairs in shared memory and no other's. They meet only where
-//   tile R-1   w0  w1 .. w7  w0  w1 ..                     their partial sums are added up, at the end of the R tiles
+//   tile 3     w0  w1 .. w7  w0  w1 ..                     their partial sums are added up, at the end of the 4 tiles
 //
 // Weights pass a ring in shared memory: each thread copies its own 16 bytes of a unit and tile into its own slots
 // (cp.async), so that no barrier guards it. The grid is one block a multiprocessor with half of its registers and,
 // where x allows, of its shared memory: the next kernel of a chain moves in beside it (programmatic launch) and fills
 // its ring before its x exists.
 //
-// All blocks read all of x, 2 M K bytes each, through L2. Where that is much beside the block's weights, or does not
-// fit its shared memory, a cluster of 2, 4 or 8 blocks shares the columns. Each block sends its sums straight to the
-// block of the cluster that adds them up and writes y, where a barrier counts the bytes; nobody meets anybody
-// otherwise. The order of all sums is fixed.
+// All blocks read all of x, 2 M K bytes each, through L2. Where K is long, or a strip of 64 rows for each block would
+// leave half of the multiprocessors without one, a cluster of 2 blocks shares the columns: half of x to each. Each
+// block sends its sums straight to the block of the cluster that adds them up and writes y, where a barrier counts the
+// bytes; the two do not meet otherwise. The order of all sums is fixed.
 //
-// A fragment needs 7 logic instructions, one product for each 8 tokens, and some 2 others; at 4.5 TB/s a scheduler has
-// 27 cycles for it, so that two warps each suffice.
+// A fragment needs 7 logic instructions, one product, and some 2 others; at 4.5 TB/s a scheduler has 27 cycles for it,
+// so that two warps each suffice.
+//
+// Tried and lost (benchmarks/NOTES.md): two tiles side by side with rings of 4 and 2 pairs, 12 warps, clusters of 4 and
+// 8, and 16 tokens a pass, where linear_wgmma.cuh is faster.
 //
 // NaN and infinity in x make every output of that token NaN.
 #pragma once
@@ -46,9 +49,13 @@ constexpr int kPairK = 2 * kUnitK;                           // 128 columns
 constexpr int kSteps = kPairK / 16;                          // products along them
 constexpr int kTileThreads = kUnitThreads / kTilesPerStrip;  // threads whose 16 bytes make a tile of a unit
 constexpr int kRowBytes = 2 * kPairK + 16;  // of x of a token and pair; 8 tokens of an ldmatrix meet different banks
-constexpr int kSmallBlock = 113 << 10;      // shared memory of a block that leaves room for another
 constexpr int kBarrierBytes = 16;           // two barriers, where clusters meet
-constexpr int kMostSplits = 8;              // blocks of a cluster
+constexpr int kTokens = 8;                  // of a product; rows of x that may be there
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kSide = 4;   // tiles side by side
+constexpr int kSlots = 2;  // pairs of a warp on their way
+constexpr int kItemsPerToken = kSide * kTile / 4;
+constexpr int kSumsRow = kSide * kTile + 4;  // floats of a token's partial sums: no bank conflicts
 
 struct Problem {
     int64_t x_stride;
@@ -58,26 +65,21 @@ struct Problem {
 
 // How a launch is cut up, and shared memory behind the ring: barriers, an area of each warp, sums from other blocks.
 struct Plan {
-    int tokens;                           // of a block: min(M, 8 or 16)
-    int row_blocks;                       // blocks along N, each its share of the tiles
-    int log_splits;                       // blocks of a cluster, along K
+    int row_blocks;                       // blocks (cut: clusters) along N, each its share of the tiles
+    int cut;                              // 1 where a cluster of 2 blocks shares K, else 0
     int window;                           // pairs of a warp whose x is in shared memory at once
     bool restage;                         // that is not all of them
     int sums_at, sums_bytes, warp_bytes;  // area of a warp: x, sums of x, two places for partial sums
     int places;                           // 1 where a block takes its tiles at once; the sums then take the place of x
 };
 
-// A pair of each warp on its way. Weights have a thread's own places. Scales, and zeros behind them, are brought by one
+// A pair of each warp on its way. Weights have a thread's own places. Scales and zeros of a tile are brought by one
 // lane for the four that need them: scales of rows g and g + 8, or 4 neighbouring zeros, 2 of them of these rows.
-template <int GROUPS, int WARPS, int R>
+template <int GROUPS>
 struct Slot {
-    uint4 weight[2][R][32 * WARPS];             // [unit][tile]
-    uint32_t numbers[2 * R][GROUPS][WARPS][8];  // [tile, its scales; R + tile, its zeros]
+    uint4 weight[2][kSide][kThreads];  // [unit][tile]
+    uint32_t scales[kSide][GROUPS][kWarps][8], zeros[kSide][GROUPS][kWarps][8];
 };
-
-PYQUANT_HD constexpr int sums_row(int r) {
-    return r * kTile + 4;
-}  // floats of a token's partial sums: no bank conflicts
 
 // One word of the tiled order to the A fragment of m16n8k16, as the exact numbers kBase + code in row g and kBase8 +
 // code in row g + 8. Where in the mantissa a code goes is free: where it lies, or as little of a base as the same
@@ -105,98 +107,96 @@ struct Raised<__half> {
     }
 };
 
-// NT: tiles of 8 tokens. GROUPS: groups of scales in a pair. R: tiles of rows side by side. SLOTS: pairs of a warp on
-// their way.
-template <typename T, int NT, int GROUPS, int WARPS, int R, int SLOTS>
-__global__ void __launch_bounds__(32 * WARPS, 2)
+// Until at most `pending`, or MOST, of this thread's newest groups of copies are unfinished.
+template <int MOST>
+__device__ __forceinline__ void wait_for_all_but(int pending) {
+    if constexpr (MOST > 0) {
+        if (pending < MOST) return wait_for_all_but<MOST - 1>(pending);
+    }
+    ptx::copy_async_wait<MOST>();
+}
+
+// GROUPS: groups of scales in a pair.
+template <typename T, int GROUPS>
+__global__ void __launch_bounds__(kThreads, 2)
     linear_mma_kernel(const T* __restrict__ x, const uint4* __restrict__ qweight, const T* __restrict__ scale,
                       const uint8_t* __restrict__ zero, const T* __restrict__ bias, T* __restrict__ y, const Problem p,
                       const Plan plan) {
 #if __CUDA_ARCH__ >= 900  // other GPUs never launch it
-    using S = Slot<GROUPS, WARPS, R>;
-    constexpr int kThreads = 32 * WARPS, kSumsRow = sums_row(R), kNumbers = R / 2;
+    using S = Slot<GROUPS>;
     extern __shared__ __align__(16) unsigned char memory[];
     S* const ring = reinterpret_cast<S*>(memory);
-    uint64_t* const met = reinterpret_cast<uint64_t*>(memory + SLOTS * sizeof(S));  // sums of the others are here
-    unsigned char* const areas = memory + SLOTS * sizeof(S) + kBarrierBytes;
-    float4* const received = reinterpret_cast<float4*>(areas + WARPS * plan.warp_bytes);  // [place][block][item]
+    uint64_t* const met = reinterpret_cast<uint64_t*>(memory + kSlots * sizeof(S));  // sums of the others are here
+    unsigned char* const areas = memory + kSlots * sizeof(S) + kBarrierBytes;
+    float4* const received = reinterpret_cast<float4*>(areas + kWarps * plan.warp_bytes);  // [place][block][item]
 
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, c = lane % 4;
-    const int splits = 1 << plan.log_splits, rank = blockIdx.x & (splits - 1), block = blockIdx.x >> plan.log_splits;
-    const int tokens = plan.tokens, first_m = blockIdx.y * 8 * NT, live = min(p.m - first_m, tokens);
-    const int share = (p.pairs + splits - 1) >> plan.log_splits;
+    const int cut = plan.cut, rank = blockIdx.x & cut, block = blockIdx.x >> cut;
+    const int share = (p.pairs + cut) >> cut;
     const int begin = min(rank * share, p.pairs), end = min(begin + share, p.pairs);
     const int first_tile = static_cast<int>(static_cast<int64_t>(block) * p.tiles / plan.row_blocks);
     const int tiles = static_cast<int>(static_cast<int64_t>(block + 1) * p.tiles / plan.row_blocks) - first_tile;
-    const int items =
-        tokens * R * (kTile / 4);  // of 4 rows and a token; block r of a cluster has the r-th part of them
-    const int own_items = items >> plan.log_splits;
+    const int items = p.m * kItemsPerToken, own_items = items >> cut;  // of 4 rows and a token; each block adds up half
     ptx::launch_dependents();
 
     // ---- what is fetched next: pair `ahead` of tiles `ahead_tile`, .. of this block ----
     int ahead = begin + warp, ahead_tile = ahead < end ? 0 : tiles;
-    // This lane brings numbers [4 j + c] of a slot.
-    uint32_t weight_at[R];                      // of pair `ahead`, in 16 bytes
-    const unsigned char* numbers_at[kNumbers];  // of its first group
+    uint32_t weight_at[kSide];  // of pair `ahead`, in 16 bytes
+    const T* scale_at;          // of its first group; this lane brings numbers of tile c
+    const uint8_t* zero_at;
     const auto aim = [&] {
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < kSide; ++r) {
             const uint32_t tile = first_tile + ahead_tile + r;
             weight_at[r] = (tile / kTilesPerStrip * p.units + 2 * ahead) * kUnitThreads +
                            tile % kTilesPerStrip * kTileThreads + lane;
         }
-#pragma unroll
-        for (int j = 0; j < kNumbers; ++j) {
-            const uint32_t tile = first_tile + ahead_tile + (4 * j + c) % R;
-            const uint32_t group = tile / kTilesPerStrip * p.groups + (p.per_channel ? 0 : ahead * GROUPS);
-            const int64_t at = int64_t{group} * kStrip + 2 * (8 * (tile % kTilesPerStrip) + g);
-            numbers_at[j] = 4 * j + c < R ? reinterpret_cast<const unsigned char*>(scale + at) : zero + (at & ~3);
-        }
+        const uint32_t tile = first_tile + ahead_tile + c;
+        const uint32_t group = tile / kTilesPerStrip * p.groups + (p.per_channel ? 0 : ahead * GROUPS);
+        const int64_t at = int64_t{group} * kStrip + 2 * (8 * (tile % kTilesPerStrip) + g);
+        scale_at = scale + at, zero_at = zero + (at & ~3);
     };
-    const auto bytes_of_group = [&](int j) { return 4 * j + c < R ? 2 * kStrip : kStrip; };
     const auto fetch = [&](int slot, int unit) {
         const bool unit_there = unit == 0 || 2 * ahead + 1 < p.units;
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < kSide; ++r) {
             if (ahead_tile + r < tiles && unit_there) {
                 ptx::copy_async<16>(&ring[slot].weight[unit][r][thread], qweight + weight_at[r] + unit * kUnitThreads);
             }
         }
 #pragma unroll
         for (int i = unit * GROUPS / 2; i < (unit + 1) * GROUPS / 2; ++i) {  // groups that end in this unit
-#pragma unroll
-            for (int j = 0; j < kNumbers; ++j) {
-                uint32_t* const to = &ring[slot].numbers[4 * j + c][i][warp][g];
-                const bool wanted = ahead_tile + (4 * j + c) % R < tiles && (4 * j + c < R || zero);
-                if (GROUPS > 1 && ahead * GROUPS + i >= p.groups) {
-                    *to = 0;  // x is 0 there, but what lies in the slot may be NaN
-                } else if (wanted) {
-                    ptx::copy_async<4>(to, numbers_at[j] + i * bytes_of_group(j));
-                }
+            uint32_t* const scales = &ring[slot].scales[c][i][warp][g];
+            uint32_t* const zeros = &ring[slot].zeros[c][i][warp][g];
+            if (GROUPS > 1 && ahead * GROUPS + i >= p.groups) {
+                *scales = *zeros = 0;  // x is 0 there, but what lies in the slot may be NaN
+            } else if (ahead_tile + c < tiles) {
+                ptx::copy_async<4>(scales, scale_at + i * kStrip);
+                if (zero) ptx::copy_async<4>(zeros, zero_at + i * kStrip);
             }
         }
         ptx::copy_async_commit();
     };
     const auto advance = [&] {
-        ahead += WARPS;
+        ahead += kWarps;
 #pragma unroll
-        for (int r = 0; r < R; ++r) weight_at[r] += WARPS * 2 * kUnitThreads;
-#pragma unroll
-        for (int j = 0; j < kNumbers; ++j) numbers_at[j] += p.per_channel ? 0 : WARPS * GROUPS * bytes_of_group(j);
+        for (int r = 0; r < kSide; ++r) weight_at[r] += kWarps * 2 * kUnitThreads;
+        const int numbers = p.per_channel ? 0 : kWarps * GROUPS * kStrip;
+        scale_at += numbers, zero_at += numbers;
         if (ahead >= end) {
             ahead = begin + warp;
-            ahead_tile += R;
+            ahead_tile += kSide;
             aim();
         }
     };
     aim();
 #pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot) {
+    for (int slot = 0; slot < kSlots; ++slot) {
         fetch(slot, 0);
         fetch(slot, 1);
         advance();
     }
-    if (splits > 1) {
+    if (cut) {
         if (thread == 0) {
             for (int i = 0; i < 2; ++i) {
                 ptx::barrier_init(&met[i], 1);
@@ -211,15 +211,15 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
 
     // ---- x of this warp's pairs ----
     unsigned char* const area = areas + warp * plan.warp_bytes;  // [pair][token][kRowBytes]
-    float* const sums_of_x = reinterpret_cast<float*>(area + plan.window * tokens * kRowBytes);  // [pair][group][8 NT]
-    const auto stage = [&](int first_pair, int pairs) {  // first_pair, + WARPS, ..
+    float* const sums_of_x = reinterpret_cast<float*>(area + plan.window * p.m * kRowBytes);  // [pair][group][kTokens]
+    const auto stage = [&](int first_pair, int pairs) {  // first_pair, + kWarps, ..: a group of copies each
         __syncwarp();
         for (int i = 0; i < pairs; ++i) {
-            const int col = (first_pair + i * WARPS) * kPairK + lane % 16 * kPiece;
+            const int col = (first_pair + i * kWarps) * kPairK + lane % 16 * kPiece;
             const int there = max(min(p.k - col, kPiece), 0);  // what is behind K becomes 0
-            for (int token = lane / 16; token < tokens; token += 2) {
-                const T* from = x + (first_m + min(token, live - 1)) * p.x_stride + (there ? col : 0);
-                unsigned char* to = area + (i * tokens + token) * kRowBytes + lane % 16 * 16;
+            for (int token = lane / 16; token < p.m; token += 2) {
+                const T* from = x + token * p.x_stride + (there ? col : 0);
+                unsigned char* to = area + (i * p.m + token) * kRowBytes + lane % 16 * 16;
                 if (there % kPiece == 0) {
                     ptx::copy_async_or_zero(to, from, there > 0);
                 } else {
@@ -229,92 +229,82 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
                     }
                 }
             }
+            ptx::copy_async_commit();
         }
-        ptx::copy_async_commit();
-        ptx::copy_async_wait<0>();
-        __syncwarp();
     };
-    // Where this lane's row of an ldmatrix is: the low and the high half of 16 columns, of 8 tokens and the next 8, or
-    // of these and the next 16 columns. Tokens that are not there are as good as the last.
-    const int x_row = min(NT == 2 ? lane / 16 * 8 + lane % 8 : lane % 8, tokens - 1);
-    const unsigned char* const x_lane = area + x_row * kRowBytes + (NT == 2 ? lane / 8 % 2 : lane / 8) * 16;
+    // Where this lane's row of an ldmatrix is: the low and the high half of these and the next 16 columns. Tokens that
+    // are not there are as good as the last.
+    const unsigned char* const x_lane = area + min(lane % 8, p.m - 1) * kRowBytes + lane / 8 * 16;
 
-    float total[R][NT][4];
+    float total[kSide][4];
     int slot = 0;
-    // The product of a pair. fresh: the sums of x are not there yet.
-    const auto multiply = [&](auto is_fresh, int i) {
+    // The product of a pair, the i-th of a window. fresh: its x is on the way, and its sums are not there yet.
+    const auto multiply = [&](auto is_fresh, int i, int pairs) {
         constexpr bool kFresh = decltype(is_fresh)::value;
         constexpr int kGroupSteps = kSteps / GROUPS;
-        const unsigned char* const x_pair = x_lane + i * tokens * kRowBytes;
-        float part[R][NT][4], sum[NT][4];
+        const unsigned char* const x_pair = x_lane + i * p.m * kRowBytes;
+        float part[kSide][4], sum[4];
         uint32_t four[4];
 #pragma unroll
         for (int unit = 0; unit < 2; ++unit) {
-            ptx::copy_async_wait<2 * SLOTS - 1>();
-            __syncwarp();  // the scales are another lane's
-            uint32_t words[R][4];
+            if (kFresh && i < kSlots) {  // weights came before x: let the x of later pairs, and what is newer, be
+                wait_for_all_but<2 * kSlots - 1>(pairs - 1 + i + unit);
+            } else {
+                ptx::copy_async_wait<2 * kSlots - 1>();
+            }
+            __syncwarp();  // scales and x are other lanes'
+            uint32_t words[kSide][4];
 #pragma unroll
-            for (int r = 0; r < R; ++r) {
+            for (int r = 0; r < kSide; ++r) {
                 const uint4 w = ring[slot].weight[unit][r][thread];  // a tile that is not there: what lies in its slot
                 words[r][0] = w.x, words[r][1] = w.y, words[r][2] = w.z, words[r][3] = w.w;
             }
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
                 const int step = 4 * unit + word, group = step / kGroupSteps;
-                if (NT == 2 || step % 2 == 0) ptx::ldmatrix_x4(four, x_pair + step * 32);
-                const auto half = [&](int t, int h) { return four[2 * (NT == 2 ? t : step % 2) + h]; };
+                if (step % 2 == 0) ptx::ldmatrix_x4(four, x_pair + step * 32);
+                const uint32_t low = four[step % 2 * 2], high = four[step % 2 * 2 + 1];
                 if (step % kGroupSteps == 0) {
 #pragma unroll
-                    for (int t = 0; t < NT; ++t) {
+                    for (int e = 0; e < 4; ++e) {
+                        sum[e] = 0.0f;
 #pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            sum[t][e] = 0.0f;
-#pragma unroll
-                            for (int r = 0; r < R; ++r) part[r][t][e] = 0.0f;
-                        }
+                        for (int r = 0; r < kSide; ++r) part[r][e] = 0.0f;
                     }
                 }
 #pragma unroll
-                for (int r = 0; r < R; ++r) {
+                for (int r = 0; r < kSide; ++r) {
                     uint32_t a[4];
                     Raised<T>::fragment(a, words[r][word]);
-#pragma unroll
-                    for (int t = 0; t < NT; ++t) ptx::mma_m16n8k16(part[r][t], a, {half(t, 0), half(t, 1)}, T{});
+                    ptx::mma_m16n8k16(part[r], a, {low, high}, T{});
                 }
                 if constexpr (kFresh) {
                     const uint32_t one = pack2(1.0f, 1.0f, T{}), ones[4] = {one, one, one, one};
-#pragma unroll
-                    for (int t = 0; t < NT; ++t) ptx::mma_m16n8k16(sum[t], ones, {half(t, 0), half(t, 1)}, T{});
+                    ptx::mma_m16n8k16(sum, ones, {low, high}, T{});
                 }
                 if ((step + 1) % kGroupSteps != 0) continue;
 
                 // The end of a group.
-#pragma unroll
-                for (int t = 0; t < NT; ++t) {
-                    float2* at = reinterpret_cast<float2*>(&sums_of_x[(i * GROUPS + group) * 8 * NT + 8 * t + 2 * c]);
-                    if constexpr (kFresh) {
-                        if (g == 0) *at = make_float2(sum[t][0], sum[t][1]);
-                    } else {
-                        sum[t][0] = at->x, sum[t][1] = at->y;
-                    }
+                float2* const at = reinterpret_cast<float2*>(&sums_of_x[(i * GROUPS + group) * kTokens + 2 * c]);
+                if constexpr (kFresh) {
+                    if (g == 0) *at = make_float2(sum[0], sum[1]);
+                } else {
+                    sum[0] = at->x, sum[1] = at->y;
                 }
 #pragma unroll
-                for (int r = 0; r < R; ++r) {
-                    const uint32_t two = ring[slot].numbers[r][group][warp][g];
+                for (int r = 0; r < kSide; ++r) {
+                    const uint32_t two = ring[slot].scales[r][group][warp][g];
                     const float s[2] = {Magic<T>::low(two), Magic<T>::high(two)};
                     float offset[2] = {Raised<T>::kBase + kSymmetricZero, Raised<T>::kBase8 + kSymmetricZero};
                     if (zero) {
-                        const uint32_t zeros = ring[slot].numbers[R + r][group][warp][g] >> (16 * (g % 2));
+                        const uint32_t zeros = ring[slot].zeros[r][group][warp][g] >> (16 * (g % 2));
                         offset[0] = Raised<T>::kBase + static_cast<float>(zeros & 0xff);
                         offset[1] = Raised<T>::kBase8 + static_cast<float>(zeros >> 8 & 0xff);
                     }
 #pragma unroll
-                    for (int t = 0; t < NT; ++t) {
-#pragma unroll
-                        for (int e = 0; e < 4; ++e) {
-                            const float of_codes = __fmaf_rn(-offset[e / 2], sum[t][e % 2], part[r][t][e]);
-                            total[r][t][e] = __fmaf_rn(s[e / 2], of_codes, total[r][t][e]);
-                        }
+                    for (int e = 0; e < 4; ++e) {
+                        const float of_codes = __fmaf_rn(-offset[e / 2], sum[e % 2], part[r][e]);
+                        total[r][e] = __fmaf_rn(s[e / 2], of_codes, total[r][e]);
                     }
                 }
             }
@@ -322,22 +312,19 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
             fetch(slot, unit);
         }
         advance();
-        slot = slot + 1 == SLOTS ? 0 : slot + 1;
+        slot = (slot + 1) % kSlots;
     };
 
-    for (int tile = 0, turn = 0; tile < tiles; tile += R, ++turn) {
+    for (int tile = 0, turn = 0; tile < tiles; tile += kSide, ++turn) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-#pragma unroll
-            for (int t = 0; t < NT; ++t) total[r][t][0] = total[r][t][1] = total[r][t][2] = total[r][t][3] = 0.0f;
-        }
-        for (int window = begin + warp; window < end; window += plan.window * WARPS) {
-            const int pairs = min(plan.window, (end - window + WARPS - 1) / WARPS);
+        for (int r = 0; r < kSide; ++r) total[r][0] = total[r][1] = total[r][2] = total[r][3] = 0.0f;
+        for (int window = begin + warp; window < end; window += plan.window * kWarps) {
+            const int pairs = min(plan.window, (end - window + kWarps - 1) / kWarps);
             if (plan.restage || tile == 0) {
                 stage(window, pairs);
-                for (int i = 0; i < pairs; ++i) multiply(std::true_type{}, i);
+                for (int i = 0; i < pairs; ++i) multiply(std::true_type{}, i, pairs);
             } else {
-                for (int i = 0; i < pairs; ++i) multiply(std::false_type{}, i);
+                for (int i = 0; i < pairs; ++i) multiply(std::false_type{}, i, pairs);
             }
         }
 
@@ -347,22 +334,19 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
         __syncwarp();
         float* const mine = reinterpret_cast<float*>(area + sums_at);
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
+        for (int r = 0; r < kSide; ++r) {
 #pragma unroll
-            for (int t = 0; t < NT; ++t) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const int token = 8 * t + 2 * c + e % 2;
-                    if (token < tokens) mine[token * kSumsRow + r * kTile + g + e / 2 * 8] = total[r][t][e];
-                }
+            for (int e = 0; e < 4; ++e) {
+                const int token = 2 * c + e % 2;
+                if (token < p.m) mine[token * kSumsRow + r * kTile + g + e / 2 * 8] = total[r][e];
             }
         }
         __syncthreads();
-        const int rows = min(tiles - tile, R) * kTile, first_n = (first_tile + tile) * kTile;
+        const int rows = min(tiles - tile, kSide) * kTile, first_n = (first_tile + tile) * kTile;
         const auto store = [&](int item, const float4& sum) {
-            const int token = item / (R * (kTile / 4)), row = item % (R * (kTile / 4)) * 4, n = first_n + row;
-            if (token >= live || row >= rows) return;
-            T* to = y + static_cast<int64_t>(first_m + token) * p.n + n;
+            const int token = item / kItemsPerToken, row = item % kItemsPerToken * 4, n = first_n + row;
+            if (row >= rows) return;
+            T* to = y + static_cast<int64_t>(token) * p.n + n;
             float v[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -380,29 +364,29 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
             }
         };
         const auto add = [](float4& sum, const float4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; };
-        if (splits > 1 && turn == 0) ptx::cluster_wait();
+        if (cut && turn == 0) ptx::cluster_wait();
         for (int item = thread; item < items; item += kThreads) {
-            const int token = item / (R * (kTile / 4)), row = item % (R * (kTile / 4)) * 4;
+            const int token = item / kItemsPerToken, row = item % kItemsPerToken * 4;
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
+            for (int w = 0; w < kWarps; ++w) {
                 add(sum, *reinterpret_cast<const float4*>(areas + w * plan.warp_bytes + sums_at +
                                                           (token * kSumsRow + row) * sizeof(float)));
             }
-            if (splits == 1) {
+            if (!cut) {
                 store(item, sum);
             } else {
-                const int to = item / own_items;
-                ptx::send(ptx::map_shared(&received[place * items + rank * own_items + item % own_items], to), sum,
+                const int to = item >= own_items;
+                ptx::send(ptx::map_shared(&received[place * items + rank * own_items + item - to * own_items], to), sum,
                           ptx::map_shared(&met[place], to));
             }
         }
-        if (splits > 1) {  // nobody sends for a place again before this block has sent for the next one
+        if (cut) {  // nobody sends for a place again before this block has sent for the next one
             ptx::barrier_wait(&met[place], turn / 2 & 1);
             if (thread == 0) ptx::barrier_expect(&met[place], items * sizeof(float4));
             for (int item = thread; item < own_items; item += kThreads) {
-                float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                for (int from = 0; from < splits; ++from) add(sum, received[place * items + from * own_items + item]);
+                float4 sum = received[place * items + item];
+                add(sum, received[place * items + own_items + item]);
                 store(rank * own_items + item, sum);
             }
         }
@@ -412,18 +396,6 @@ __global__ void __launch_bounds__(32 * WARPS, 2)
 }
 
 // ---- host ----------------------------------------------------------------------------------------------------------
-
-struct Geometry {
-    int warps, tiles, slots;
-};
-constexpr Geometry kGeometries[] = {{8, 2, 4}, {8, 4, 2}, {12, 2, 2}, {8, 2, 2}};
-constexpr int kGeometryCount = 4, kVariantGeometry = 16;  // variant = 16 * geometry + blocks of a cluster
-
-struct Choice {
-    Plan plan;
-    int geometry, bytes;  // shared memory
-    double cost;
-};
 
 Problem problem_of(const LinearCall& call) {
     const int units = static_cast<int>(ceil_div(call.k, kUnitK));
@@ -440,101 +412,75 @@ Problem problem_of(const LinearCall& call) {
 
 int groups_of(const LinearCall& call) { return call.group_size < 0 ? 1 : static_cast<int>(kPairK / call.group_size); }
 
-// A launch of this geometry by clusters of 2^log blocks, for passes of 8 or 16 tokens.
-Choice plan_of(const Problem& p, int multiprocessors, int pass, int geometry, int log, int groups, int most_bytes) {
-    const Geometry& shape = kGeometries[geometry];
-    const int tokens = std::min(p.m, pass), splits = 1 << log, share = (p.pairs + splits - 1) >> log;
-    const int slot = shape.warps * shape.tiles * (2 * 32 * 16 + 2 * groups * 8 * 4);
+// Blocks that share K, by times at 8 tokens (benchmarks/NOTES.md). 4096 x 4096 was not timed: there, cut, two blocks
+// fit a multiprocessor (105 KB of shared memory each with groups of 128), and whole they do not (137 KB).
+int splits_of(const Problem& p, int multiprocessors) {
+    return p.k <= 4096 && 2 * ceil_div(p.n, kStrip) > multiprocessors ? 1 : 2;
+}
+
+struct Choice {
+    Plan plan;
+    int bytes;  // shared memory
+};
+
+// A launch where 1 or 2 blocks share K; bytes > most_bytes where shared memory holds not even one pair of x a warp.
+Choice plan_of(const Problem& p, int multiprocessors, int splits, int groups, int most_bytes) {
+    const int slot = kSide * (kThreads * 2 * 16 + groups * kWarps * 8 * 2 * 4);
     Choice c{};
     Plan& plan = c.plan;
-    plan.tokens = tokens;
-    plan.log_splits = log;
+    plan.cut = splits - 1;
     plan.row_blocks = std::max(1, std::min(p.tiles, multiprocessors / splits));
     const int tiles = (p.tiles + plan.row_blocks - 1) / plan.row_blocks;
-    const int turns = (tiles + shape.tiles - 1) / shape.tiles;
-    const int pairs = (share + shape.warps - 1) / shape.warps;
-    const int row_bytes = tokens * kRowBytes + groups * pass * 4;
-    plan.sums_bytes = tokens * sums_row(shape.tiles) * 4;
+    const int share = (p.pairs + splits - 1) / splits, pairs = (share + kWarps - 1) / kWarps;
+    plan.sums_bytes = p.m * kSumsRow * 4;
     const auto fit = [&](int window) {
         plan.window = window;
         plan.restage = window < pairs;
-        plan.places = turns > 1 || plan.restage ? 2 : 1;
-        const int x_bytes = static_cast<int>(ceil_div(window * row_bytes, 16)) * 16;
+        plan.places = tiles > kSide || plan.restage ? 2 : 1;
+        const int x_bytes = static_cast<int>(ceil_div(window * (p.m * kRowBytes + groups * kTokens * 4), 16)) * 16;
         plan.sums_at = plan.places == 1 ? 0 : x_bytes;
         plan.warp_bytes = plan.places == 1 ? std::max(x_bytes, plan.sums_bytes) : x_bytes + 2 * plan.sums_bytes;
-        c.bytes = shape.slots * slot + kBarrierBytes + shape.warps * plan.warp_bytes;
-        if (log > 0) c.bytes += plan.places * tokens * shape.tiles * kTile * 4;
+        c.bytes = kSlots * slot + kBarrierBytes + kWarps * plan.warp_bytes;
+        if (plan.cut) c.bytes += plan.places * p.m * kItemsPerToken * 16;
         return c.bytes <= most_bytes;
     };
     int window = pairs;
     while (!fit(window) && window > 1) --window;
-    c.geometry = geometry;
-    // Bytes through the busiest multiprocessor: weights, and x for every pass over it; a cluster costs about as much as
-    // 30 KB and a block that leaves no room for the next kernel as 40.
-    const double x_reads = 2.0 * kPairK * share * tokens * (plan.restage ? turns : 1);
-    c.cost = 1056.0 * share * tiles + x_reads + (log > 0 ? 30e3 : 0) + (c.bytes > kSmallBlock ? 40e3 : 0);
-    if (c.bytes > most_bytes) c.cost = -1;
     return c;
 }
 
-template <typename T, int NT, int GROUPS, int GEOMETRY>
+template <typename T, int GROUPS>
 void launch(const LinearCall& call, const Problem& p, const Choice& choice, cudaStream_t stream) {
-    constexpr Geometry kShape = kGeometries[GEOMETRY];
-    constexpr auto kernel = linear_mma_kernel<T, NT, GROUPS, kShape.warps, kShape.tiles, kShape.slots>;
-    static_assert(sizeof(Slot<GROUPS, kShape.warps, kShape.tiles>) ==
-                  kShape.warps * kShape.tiles * (2 * 32 * 16 + 2 * GROUPS * 8 * 4));
+    constexpr auto kernel = linear_mma_kernel<T, GROUPS>;
+    static_assert(sizeof(Slot<GROUPS>) == kSide * (kThreads * 2 * 16 + GROUPS * kWarps * 8 * 2 * 4));
     allow_shared_memory<kernel>("linear_w4a16");
-    const int64_t passes = ceil_div(p.m, 8 * NT);
-    require(passes <= 65535, "linear_w4a16: M=" + std::to_string(p.m) + " is too large for one launch");
-    const dim3 grid(static_cast<unsigned>(choice.plan.row_blocks << choice.plan.log_splits),
-                    static_cast<unsigned>(passes));
-    launch_programmatic("linear_w4a16", kernel, grid, 32 * kShape.warps, choice.bytes, 1u << choice.plan.log_splits, 9,
-                        stream, static_cast<const T*>(call.x), reinterpret_cast<const uint4*>(call.qweight),
+    const unsigned splits = choice.plan.cut + 1;
+    launch_programmatic("linear_w4a16", kernel, dim3(choice.plan.row_blocks * splits), kThreads, choice.bytes, splits,
+                        9, stream, static_cast<const T*>(call.x), reinterpret_cast<const uint4*>(call.qweight),
                         static_cast<const T*>(call.scale), call.zero, static_cast<const T*>(call.bias),
                         static_cast<T*>(call.y), p, choice.plan);
 }
 
 template <typename T>
-void linear_mma_of(const LinearCall& call, int tokens, int variant, cudaStream_t stream) {
-    const Problem p = problem_of(call);
+void linear_mma_of(const LinearCall& call, int variant, cudaStream_t stream) {
+    require(call.m <= kTokens, "linear_w4a16: M=" + std::to_string(call.m) + " is more than the 8 tokens of tokens=-8");
     require(call.x_stride % 8 == 0 && reinterpret_cast<uintptr_t>(call.x) % 16 == 0,
             "linear_w4a16: rows of x must begin at multiples of 16 bytes");
-    const int multiprocessors = current_device().multiprocessors, groups = groups_of(call);
+    require(variant == -1 || variant == 1 || variant == 2,
+            "linear_w4a16: variant=" + std::to_string(variant) + " must be 1 or 2 blocks that share K, or -1");
     constexpr int kMostBytes = 226 << 10;  // of a block on Hopper, 1 KB less than there is
-    Choice best{};
-    for (int geometry = 0; geometry < kGeometryCount; ++geometry) {
-        for (int log = 0; 1 << log <= kMostSplits; ++log) {
-            if (variant > 0 && variant != kVariantGeometry * geometry + (1 << log)) continue;
-            const Choice c = plan_of(p, multiprocessors, tokens, geometry, log, groups, kMostBytes);
-            if (c.cost > 0 && (best.cost == 0 || c.cost < best.cost)) best = c;
-        }
+    const Problem p = problem_of(call);
+    const int multiprocessors = current_device().multiprocessors, groups = groups_of(call);
+    const int splits = variant > 0 ? variant : splits_of(p, multiprocessors);
+    const Choice choice = plan_of(p, multiprocessors, splits, groups, kMostBytes);
+    switch (groups) {
+        case 4:
+            return launch<T, 4>(call, p, choice, stream);
+        case 2:
+            return launch<T, 2>(call, p, choice, stream);
+        default:
+            return launch<T, 1>(call, p, choice, stream);
     }
-    require(best.cost > 0, "linear_w4a16: no variant " + std::to_string(variant) +
-                               ": known are 1, 2, 4 and 8 blocks that share K, + 16, 32 or 48 for other geometries");
-    const auto with_group = [&](auto token_tiles, auto geometry) {
-        constexpr int kNT = decltype(token_tiles)::value, kGeometry = decltype(geometry)::value;
-        switch (groups) {
-            case 4:
-                return launch<T, kNT, 4, kGeometry>(call, p, best, stream);
-            case 2:
-                return launch<T, kNT, 2, kGeometry>(call, p, best, stream);
-            default:
-                return launch<T, kNT, 1, kGeometry>(call, p, best, stream);
-        }
-    };
-    const auto with_geometry = [&](auto token_tiles) {
-        switch (best.geometry) {
-            case 0:
-                return with_group(token_tiles, std::integral_constant<int, 0>{});
-            case 1:
-                return with_group(token_tiles, std::integral_constant<int, 1>{});
-            case 2:
-                return with_group(token_tiles, std::integral_constant<int, 2>{});
-            default:
-                return with_group(token_tiles, std::integral_constant<int, 3>{});
-        }
-    };
-    tokens == 8 ? with_geometry(std::integral_constant<int, 1>{}) : with_geometry(std::integral_constant<int, 2>{});
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 
 namespace pyquant {
 
-void linear_mma_bf16(const LinearCall& call, int tokens, int variant, cudaStream_t stream) {
-    linear_mma_of<__nv_bfloat16>(call, tokens, variant, stream);
+void linear_mma_bf16(const LinearCall& call, int variant, cudaStream_t stream) {
+    linear_mma_of<__nv_bfloat16>(call, variant, stream);
 }
 
 }  // namespace pyquant

@@ -3,8 +3,8 @@
 
 namespace pyquant {
 
-void linear_mma_fp16(const LinearCall& call, int tokens, int variant, cudaStream_t stream) {
-    linear_mma_of<__half>(call, tokens, variant, stream);
+void linear_mma_fp16(const LinearCall& call, int variant, cudaStream_t stream) {
+    linear_mma_of<__half>(call, variant, stream);
 }
 
 }  // namespace pyquant

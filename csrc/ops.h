@@ -33,7 +33,7 @@ struct LinearCall {
 // tokens and variant pin the token tile and how it is cut, for measurements; 0 and -1 leave the choice to the kernels.
 // tokens <= 8 is linear_decode.cuh, where variant is the number of blocks that share K; above it linear_wgmma.cuh
 // (sm_90, rows of x at 16 bytes), where variant 0 takes whole tiles, and 1 and 2 cut them over that many blocks a
-// multiprocessor.
+// multiprocessor. tokens = -8 is linear_mma.h.
 void linear_w4a16(const LinearCall& call, int tokens, int variant, cudaStream_t stream);
 void linear_decode_bf16(const LinearCall& call, int force_splits, cudaStream_t stream);
 void linear_decode_fp16(const LinearCall& call, int force_splits, cudaStream_t stream);

@@ -36,12 +36,12 @@ def hopper() -> bool:
     return _multiprocessors(torch.cuda.current_device()) > 0
 
 
-# Token tiles and ways to cut the work that csrc/linear_decode.cuh (8), csrc/linear_wgmma.cuh and csrc/linear_mma.cuh (-8
-# and -16) know: see csrc/ops.h.
+# Token tiles and ways to cut the work that csrc/linear_decode.cuh (8), csrc/linear_wgmma.cuh and csrc/linear_mma.cuh
+# (-8, for up to 8 tokens) know: see csrc/ops.h.
 WAYS = [(8, splits) for splits in (1, 2, 4, 8)] + [
     (tile, cut) for tile in (16, 32, 64, 128, 256) for cut in range(3 if tile < 128 else 2)
 ]
-WAYS += [(-tile, 16 * geometry + splits) for tile in (8, 16) for geometry in range(4) for splits in (1, 2, 4, 8)]
+WAYS += [(-8, variant) for variant in (-1, 1, 2)]
 
 
 def call(x, tiled, bias, n, group_size, tokens, variant, y=None):
@@ -73,7 +73,9 @@ def test_every_way_to_cut_the_work(tokens, variant, group_size, symmetric):
         pytest.skip("clusters and wgmma need a Hopper GPU")
     dtype = torch.bfloat16 if symmetric else torch.float16
     for m, n, k in ((1, 200, 1096), (9, 384, 4096), (70, 1000, 840), (300, 130, 2056)):
-        if m > 8 * abs(tokens):
+        if tokens < 0:
+            m = min(m, -tokens)
+        elif m > 8 * tokens:
             continue
         weight = make_weight(n, k, group_size, symmetric, dtype, "cuda")
         x, bias = torch.randn(m, k, device="cuda").to(dtype), torch.randn(n, device="cuda").to(dtype)
@@ -85,6 +87,34 @@ def test_every_way_to_cut_the_work(tokens, variant, group_size, symmetric):
                 continue  # it meets one value of x, which may be close to 0
             wrong = call(x, fault(weight).tiled(), bias, n, group_size, tokens, variant)
             assert mismatch(wrong, want) is not None, name
+
+
+@pytest.mark.parametrize("n, k", [(17_000, 2056), (200, 20_008)], ids=["turns", "x read again"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("variant", [1, 2])
+def test_up_to_8_tokens_over_many_tiles_a_block_and_x_that_does_not_fit(variant, group_size, n, k):
+    """A block's places for sums and its barriers serve several turns; of long rows it has a part at a time."""
+    if not hopper():
+        pytest.skip("linear_mma needs a Hopper GPU")
+    weight = make_weight(n, k, group_size, variant == 1, torch.bfloat16, "cuda")
+    x = torch.randn(8, k, device="cuda").bfloat16()
+    want = want_product(x, weight.w_hat, None, torch.bfloat16, rounded_weight=False)
+    assert mismatch(call(x, weight.tiled(), None, n, group_size, -8, variant), want) is None
+    for name, fault in WEIGHT_FAULTS.items():
+        assert mismatch(call(x, fault(weight).tiled(), None, n, group_size, -8, variant), want) is not None, name
+
+
+@pytest.mark.parametrize(
+    "m, tokens, variant, why",
+    [(9, -8, 1, "M=9"), (8, -8, 0, "variant=0"), (8, -8, 4, "variant=4"), (8, -16, 1, "tokens=-16")],
+)
+def test_pins_that_linear_mma_does_not_know_are_errors(m, tokens, variant, why):
+    if not hopper():
+        pytest.skip("linear_mma needs a Hopper GPU")
+    weight = make_weight(64, 128, 128, True, torch.bfloat16, "cuda")
+    x = torch.randn(m, 128, device="cuda").bfloat16()
+    with pytest.raises(ValueError, match=why):
+        call(x, weight.tiled(), None, 64, 128, tokens, variant)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
