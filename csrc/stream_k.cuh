@@ -1,5 +1,5 @@
 // Work that persistent blocks share: whole tiles in turn, or equal pieces of the line of all tiles' stages (stream-K).
-// linear_wgmma.cuh says how.
+// linear_wgmma.cuh says how; it has the same text.
 #pragma once
 
 #include <cstdint>
