@@ -26,7 +26,7 @@ from pyquant.recipes.soft_qat import SoftQAT
 
 CONFIG = KDConfig(
     steps=20, batch_size=4, seq_len=16, grad_accum=2, lr=2e-3, scale_lr=1e-3, warmup_steps=2, save_steps=8,
-    weight_decay=0.01, max_grad_norm=0.5, bf16=False,
+    weight_decay=0.01, max_grad_norm=0.5, bf16=False, loss=KDLoss(0.5, 0.5),
 )  # fmt: skip
 # Sums over two halves of a batch instead of one: fp32 rounding, 6e-8 a sum, which 20 steps of Adam carry on.
 TOLERANCE = 1e-5
